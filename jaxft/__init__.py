@@ -1,0 +1,41 @@
+"""jaxft: fine-tune language models in JAX on TPUs and GPUs.
+
+Importing the package is cheap: the names below, and the rooms (`jaxft.peft`, `jaxft.models`, ...), are imported when
+first used, so that neither jax's backends nor transformers, datasets, grain or flax are touched before they are needed.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jaxft.core.tree import combine as combine
+    from jaxft.core.tree import merge as merge
+    from jaxft.core.tree import partition as partition
+    from jaxft.core.tree import strip as strip
+    from jaxft.core.tree import trainable_mask as trainable_mask
+
+# public name -> the module that holds it
+_NAMES = {
+    "combine": "jaxft.core.tree",
+    "merge": "jaxft.core.tree",
+    "partition": "jaxft.core.tree",
+    "strip": "jaxft.core.tree",
+    "trainable_mask": "jaxft.core.tree",
+}
+_ROOMS = ("core", "peft", "models", "sharding", "checkpoint", "data", "objectives", "rollout", "training")
+
+__all__ = ["__version__", *_NAMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str):
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"jaxft.{name}")
+    raise AttributeError(f"module 'jaxft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,48 @@
+"""What every test runs under: eight simulated CPU devices, exact matmuls, strict promotion where shapes and dtypes matter.
+
+The environment is set before jax is imported. All workers, and all runs, share one compilation cache on disk.
+"""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # compiling for a TPU that is not here
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two test processes otherwise abort on a lock file
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork data workers
+
+import jax  # noqa: E402  (the environment above must come first)
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+STRICT_DTYPES = ("core", "models", "objectives")  # not training: optax's adam raises under it
+STRICT_RANKS = ("objectives",)  # [B] against [B, T] is the classic bug there; in models per-feature scales broadcast
+
+
+def _folder(request: pytest.FixtureRequest) -> str:
+    return request.path.relative_to(ROOT / "tests").parts[0]
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request: pytest.FixtureRequest):
+    """Under tests/core, tests/models and tests/objectives an implicit dtype (or rank) promotion is an error."""
+    folder = _folder(request)
+    dtypes = "strict" if folder in STRICT_DTYPES else "standard"
+    ranks = "raise" if folder in STRICT_RANKS else "allow"
+    with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion(ranks):
+        yield
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A fixed PRNG key."""
+    return jax.random.key(0)
