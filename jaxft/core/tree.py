@@ -1,0 +1,228 @@
+"""Functions on parameter trees: select, wrap, strip, merge, mask, partition, combine, count.
+
+Trainability is data, not type: a mask tree of booleans splits a tree into two with ``None`` holes; only the trainable
+one is differentiated, optimised and saved, and `combine` rebuilds the whole inside the jitted loss. A selection that
+matches nothing is an error, never a fallback.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.core import weight as weights
+from jaxft.core.weight import Split, Weight
+
+Params = Any  # nested dicts of arrays and Weights
+
+PRESETS = {
+    "full": r"",
+    "bitfit": r"(^|/)bias$",
+    "norms": r"norm(/|$)",
+    "embeddings": r"^(embed|head)(/|$)",
+}
+
+
+def is_weight(x: Any) -> bool:
+    """Whether ``x`` is a Weight: the leaf test of functions that do not look inside one."""
+    return isinstance(x, Weight)
+
+
+def join(path: Sequence[Any]) -> str:
+    """A JAX key path as text: ``layers/attn/q``."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def paths(tree: Params, inside: bool = True) -> list[tuple[str, Any]]:
+    """All leaves with their paths; ``inside=False`` stops at Weights instead of listing their arrays."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=None if inside else is_weight)
+    return [(join(p), leaf) for p, leaf in leaves]
+
+
+def map_weights(fn: Callable[[str, Any], Any], params: Params) -> Params:
+    """``fn(path, weight)`` over every plain array and every Weight, without descending into Weights."""
+    return jax.tree_util.tree_map_with_path(lambda p, w: fn(join(p), w), params, is_leaf=is_weight)
+
+
+def select(params: Params, pattern: str) -> list[str]:
+    """Paths (Weights not descended into) that ``pattern``, a regex searched for, matches.
+
+    Raises ValueError naming some paths if there are none."""
+    found = [p for p, _ in paths(params, inside=False) if re.search(pattern, p)]
+    if not found:
+        raise ValueError(_nothing("pattern", pattern, [p for p, _ in paths(params, inside=False)]))
+    return found
+
+
+def get(params: Params, path: str) -> Any:
+    """The subtree at ``path`` (dict keys only)."""
+    for part in path.split("/"):
+        if not isinstance(params, dict) or part not in params:
+            raise KeyError(f"no '{part}' on the way to '{path}'")
+        params = params[part]
+    return params
+
+
+def replace(params: Params, path: str, value: Any) -> Params:
+    """A copy of the tree with the subtree at ``path`` replaced; nothing else is copied."""
+    head, _, rest = path.partition("/")
+    return {**params, head: replace(params[head], rest, value) if rest else value}
+
+
+def wrap(params: Params, path: str, fn: Callable[[Any], Any]) -> Params:
+    """Replaces the weight at ``path`` by ``fn(weight)``; a map on the matrix goes inside an Affine."""
+    old = get(params, path)
+    inner = isinstance(old, weights.Affine)
+    return replace(params, path, dataclasses.replace(old, base=fn(old.base)) if inner else fn(old))
+
+
+def _rebuild(w: Weight, fn: Callable[[dataclasses.Field, Any], Any]) -> Any:
+    """The Weight with ``fn(field, value)`` applied to each field that is not static."""
+    fields = [f for f in dataclasses.fields(w) if weights.role(f) != weights.STATIC]  # type: ignore[arg-type]
+    return dataclasses.replace(w, **{f.name: fn(f, getattr(w, f.name)) for f in fields})  # type: ignore[type-var]
+
+
+def strip(params: Params) -> Params:
+    """The model without its adapters: the same base buffers, the wrappers gone."""
+
+    def bare(w: Any) -> Any:
+        if not isinstance(w, Weight):
+            return w
+        return bare(w.base) if w.adapter else _rebuild(w, lambda f, v: bare(v))
+
+    return jax.tree.map(bare, params, is_leaf=is_weight)
+
+
+def merge(params: Params) -> Params:
+    """The model with every adapter folded into a plain weight; raises NotMergeable naming the path."""
+
+    def fold(path: str, w: Any) -> Any:
+        if not isinstance(w, Weight):
+            return w
+        w = _rebuild(w, lambda f, v: fold(path, v))
+        try:
+            return w.merged() if w.adapter else w
+        except weights.NotMergeable as error:
+            raise weights.NotMergeable(f"{path}: {error}") from None
+
+    return map_weights(fold, params)
+
+
+def trainable_mask(params: Params, select: str | None = None) -> Params:
+    """A tree of booleans: True for what trains.
+
+    Fields that a Weight declares `trainable` always do; ``select`` (a regex searched in paths, or a preset: full,
+    bitfit, norms, embeddings) adds plain arrays, bases and biases of floating dtype. Raises ValueError if nothing
+    is left to train, or if ``select`` matches nothing.
+    """
+    pattern = None if select is None else re.compile(PRESETS.get(select, select))
+    matched = False
+
+    def plain(path: str, leaf: Any) -> bool:
+        nonlocal matched
+        hit = pattern is not None and bool(pattern.search(path)) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        matched |= hit
+        return hit
+
+    def visit(path: str, w: Any) -> Any:
+        if not isinstance(w, Weight):
+            return plain(path, w)
+
+        def field(f: dataclasses.Field, value: Any) -> Any:
+            where = f"{path}/{f.name}"
+            if value is None:
+                return None
+            if weights.role(f) == weights.TRAINABLE:
+                return jax.tree.map(lambda _: True, value)
+            if weights.role(f) == weights.PARAMETER:
+                return visit(where, value)
+            return jax.tree.map(lambda _: False, value)
+
+        return _rebuild(w, field)
+
+    mask = map_weights(visit, params)
+    everything = [p for p, _ in paths(params)]
+    if select is not None and not matched:
+        raise ValueError(_nothing("select", select, everything))
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError(_nothing("select", select, everything))
+    return mask
+
+
+def _nothing(what: str, pattern: str | None, known: list[str]) -> str:
+    if pattern is None:
+        return (
+            "nothing to train: the parameters hold no adapter and no pattern was given. Adapt them first "
+            "(jaxft.peft.adapt) or pass select=, for example 'full' or 'norms'."
+        )
+    some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"{what}={pattern!r} matches no weight of floating dtype. Presets: {', '.join(PRESETS)}; paths: {some}"
+
+
+def partition(params: Params, mask: Params) -> tuple[Params, Params]:
+    """Splits by a boolean tree into (trainable, frozen), each with ``None`` where the other has the array."""
+    trainable = jax.tree.map(lambda m, p: p if m else None, mask, params)
+    frozen = jax.tree.map(lambda m, p: None if m else p, mask, params)
+    return trainable, frozen
+
+
+def combine(trainable: Params, frozen: Params) -> Params:
+    """Puts two trees with complementary ``None`` holes together again."""
+    return jax.tree.map(lambda t, f: f if t is None else t, trainable, frozen, is_leaf=lambda x: x is None)
+
+
+def count(tree: Params) -> int:
+    """Number of elements in all floating arrays of the tree (``None`` holes count nothing)."""
+    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.inexact))
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Floating arrays of the model itself (plain, bases, biases) in ``dtype``; adapters cast themselves at use."""
+
+    def one(w: Any) -> Any:
+        if isinstance(w, Weight):
+            return _rebuild(w, lambda f, v: one(v) if weights.role(f) == weights.PARAMETER else v)
+        if isinstance(w, Split):
+            return Split(tuple(one(p) for p in w.parts))
+        return w.astype(dtype) if w is not None and jnp.issubdtype(w.dtype, jnp.inexact) else w
+
+    return jax.tree.map(one, params, is_leaf=lambda x: is_weight(x) or isinstance(x, Split))
+
+
+def dropout_keys(params: Params, key: jax.Array | None) -> Params:
+    """Sets the ``key`` field of every Weight that has one (and a ``rate`` above 0): a key for each path and layer.
+
+    ``None`` means evaluation: dropout is off."""
+
+    def set_key(path: str, w: Any) -> Any:
+        if not isinstance(w, Weight):
+            return w
+
+        def field(f: dataclasses.Field, value: Any) -> Any:
+            if f.name != "key":
+                return set_key(f"{path}/{f.name}", value)
+            if key is None or w.rate == 0.0:  # type: ignore[attr-defined]
+                return None
+            mine = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            stack = w.shape[:-2]
+            return jax.random.split(mine, stack) if stack else mine
+
+        return _rebuild(w, field)
+
+    return map_weights(set_key, params)
+
+
+def split_layers(tree: Params, key: str = "layers") -> Params:
+    """Holds each stacked array under ``key`` as separate per-layer arrays (`Split`): for unrolled layers."""
+    split = jax.tree.map(lambda a: Split(tuple(a[i] for i in range(a.shape[0]))), tree[key])
+    return {**tree, key: split}
+
+
+def layer(tree: Params, index: Any) -> Params:
+    """Layer ``index`` of a tree of stacked arrays (or `Split`s)."""
+    return jax.tree.map(lambda a: a[index], tree, is_leaf=lambda x: isinstance(x, Split))

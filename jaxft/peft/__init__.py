@@ -1,0 +1,57 @@
+"""Parameter-efficient methods: leaves that add few parameters, or masks over the model's own.
+
+`METHODS` is the literal table. A method is one file: a config dataclass, a Weight subclass or a mask, and
+``adapt(params, names, key, config) -> params``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxft.core import tree
+from jaxft.peft import full, lora
+from jaxft.peft.full import Full
+from jaxft.peft.lora import LoRA
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of `METHODS`."""
+
+    config: type
+    adapt: Callable[..., tree.Params]
+    lr: float
+    """Default peak learning rate with AdamW."""
+    select: Callable[[Any], str | None] = lambda config: None
+    """The pattern of plain arrays that train besides the method's own fields."""
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(Full, full.adapt, lr=2e-5, select=lambda config: config.select),
+    "lora": Method(LoRA, lora.adapt, lr=2e-4),
+}
+
+
+def method_of(config: Any) -> Method:
+    """The table row of a method's config. Raises TypeError for anything else."""
+    for row in METHODS.values():
+        if type(config) is row.config:
+            return row
+    raise TypeError(f"got {config!r}; expected one of {', '.join(m.config.__name__ for m in METHODS.values())}")
+
+
+def adapt(model: Any, key: jax.Array, method: Any) -> tree.Params:
+    """The model's parameters with one method, or a list of them in order, applied.
+
+    ``model`` has ``params`` and ``names``; ``method`` is a config such as ``LoRA(rank=16)``. The base's buffers are
+    shared, not copied."""
+    methods: Sequence[Any] = method if isinstance(method, list | tuple) else [method]
+    params = model.params
+    for i, config in enumerate(methods):
+        params = method_of(config).adapt(params, model.names, jax.random.fold_in(key, i), config)
+    return params
+
+
+__all__ = ["METHODS", "Full", "LoRA", "Method", "adapt", "method_of"]

@@ -1,0 +1,189 @@
+r"""LoRA: a frozen weight plus a trained low-rank product.
+
+.. math:: y = x W + s\,(x A) B, \qquad s = \alpha / r \ \text{ or } \ \alpha / \sqrt{r} \ (\text{rsLoRA})
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", eq. 3 (arXiv:2106.09685); the scale of rank
+stabilised LoRA: Kalajdzievski 2023, eq. 9 (arXiv:2312.03732). ``A`` is stored [in, r] and ``B`` [r, out], transposed
+from torch. Layers are stacked, so ranks that differ by layer are padded with zeros to the largest (zero columns of A
+against zero rows of B have zero gradients and never move) and a layer that is not adapted has scale 0.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.core import tree, verbs
+from jaxft.core.names import Names
+from jaxft.core.weight import InPlace, Weight, static, trainable, weight
+from jaxft.peft import targets as targets_
+from jaxft.peft.targets import Target
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation. Default learning rate 2e-4."""
+
+    rank: int = 16
+    """Rank r of the update."""
+    alpha: float | None = None
+    """Numerator of the scale; default: twice the rank."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Modules to adapt: torch names (q_proj, ...), our paths, a full-match regex, or all-linear."""
+    exclude: tuple[str, ...] = ()
+    """Modules never adapted, by name."""
+    dropout: float = 0.0
+    """Probability of zeroing an input feature of the adapter while training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    init: Literal["kaiming", "gaussian", "a_zero"] = "kaiming"
+    """kaiming: A uniform within 1/sqrt(in), B zero; gaussian: A normal with deviation 1/rank, B zero; a_zero: A zero,
+    B uniform within 1/sqrt(rank)."""
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Ranks that differ: a regex for the end of a module name to its rank."""
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Alphas that differ, likewise."""
+    layers: tuple[int, ...] | None = None
+    """Layer indices to adapt; default: all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole and saved beside the adapter, such as embed_tokens or lm_head."""
+    ensure_weight_tying: bool = False
+    """Whether a tied head follows a trained embedding; otherwise, as in peft, it keeps the original."""
+
+    def __post_init__(self) -> None:
+        for field, good in {"rank": self.rank >= 1, "dropout": 0.0 <= self.dropout < 1.0}.items():
+            if not good:
+                raise ValueError(f"peft.{field}: got {getattr(self, field)}; expected rank >= 1, 0 <= dropout < 1")
+
+
+@weight
+class LoRAWeight(Weight):
+    """``x @ base + scale * (x @ a) @ b``. a: [*stack, in, r]; b: [*stack, r, out]; scale, rank: [*stack]."""
+
+    base: Any = dataclasses.field(metadata={"role": "parameter"})
+    a: jax.Array = trainable()
+    b: jax.Array = trainable()
+    scale: jax.Array = dataclasses.field()
+    rank: jax.Array = dataclasses.field()
+    key: jax.Array | None = None
+    rate: float = static(0.0)
+    rslora: bool = static(False)
+    tied: bool = static(False)
+
+    def _delta(self, x: jax.Array) -> jax.Array:
+        """``scale * (x @ a) @ b`` in the dtype of x; the scale is applied at rank width, where it is cheap."""
+        scale = self.scale[..., None, None].astype(x.dtype) if self.scale.ndim else self.scale.astype(x.dtype)
+        return ((x @ self.a.astype(x.dtype)) * scale) @ self.b.astype(x.dtype)
+
+    def __rmatmul__(self, x):
+        dropped = x
+        if self.key is not None and self.rate > 0.0:
+            keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
+            dropped = jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+        return x @ self.base + self._delta(dropped)
+
+    def take(self, ids):
+        rows = verbs.take(self.base, ids)
+        return rows + ((self.a[ids] * self.scale) @ self.b).astype(rows.dtype)
+
+    def unembed(self, x):
+        y = verbs.unembed(self.base, x)
+        if not self.tied:
+            return y
+        return y + ((x @ self.b.astype(x.dtype).T) * self.scale.astype(x.dtype)) @ self.a.astype(x.dtype).T
+
+    def dense(self):
+        base = verbs.dense(self.base)
+        scale = self.scale[..., None, None]
+        delta = jnp.matmul(self.a * scale, self.b, precision="highest")
+        return (base.astype(delta.dtype) + delta).astype(base.dtype)
+
+    def merged(self):
+        return self.dense()
+
+    def axes(self, names):
+        stack, (rows, columns) = names[:-2], names[-2:]
+        return {
+            "base": names,
+            "a": (*stack, rows, None),
+            "b": (*stack, None, columns),
+            "scale": stack,
+            "rank": stack,
+            "key": stack,
+        }
+
+
+def adapt(params: tree.Params, names: Names, key: jax.Array, config: LoRA) -> tree.Params:
+    """Wraps the targets in `LoRAWeight` (identity at initialisation) and `modules_to_save` in `InPlace`.
+
+    Raises ValueError naming a target or module that matches nothing."""
+    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+    saved = config.modules_to_save and targets_.find(names, num_layers, config.modules_to_save)
+    found = targets_.find(
+        names,
+        num_layers,
+        config.targets,
+        exclude=(*config.exclude, *config.modules_to_save),
+        layers=config.layers,
+    )
+    for i, target in enumerate(found):
+        params = _wrap(params, target, jax.random.fold_in(key, i), config)
+    for target in saved or ():
+        params = tree.wrap(params, target.name.path, lambda w: save_whole(w, config.ensure_weight_tying))
+    return params
+
+
+def save_whole(w: Any, tied: bool = False) -> InPlace:
+    """The weight trained whole, in float32, beside its frozen original."""
+    # `+ 0` makes a buffer of its own: the trained copy is donated to the step, the original is not.
+    return InPlace(base=w, value=jax.tree.map(lambda x: x.astype(jnp.float32) + 0, w), tied=tied)
+
+
+def _wrap(params: tree.Params, target: Target, key: jax.Array, config: LoRA) -> tree.Params:
+    shape = tuple(target.layers.shape)
+    ranks = targets_.pattern_values(target.modules, dict(config.rank_pattern), config.rank).reshape(shape)
+    ranks = np.where(target.layers, ranks, 0).astype(np.int32)
+    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
+    alphas = targets_.pattern_values(target.modules, dict(config.alpha_pattern), alpha).reshape(shape)
+    divisor = np.maximum(np.sqrt(ranks) if config.rslora else ranks, 1)
+    scale = jnp.asarray(np.where(ranks > 0, alphas / divisor, 0.0), jnp.float32)
+    embedding = target.name.kind == "embedding"
+
+    def wrapped(base: Any) -> LoRAWeight:
+        a, b = init(key, base.shape, ranks, "embedding" if embedding else config.init)
+        return LoRAWeight(
+            base=base,
+            a=a,
+            b=b,
+            scale=scale,
+            rank=jnp.asarray(ranks),
+            rate=0.0 if embedding else config.dropout,
+            rslora=config.rslora,
+            tied=embedding and config.ensure_weight_tying,
+        )
+
+    return tree.wrap(params, target.name.path, wrapped)
+
+
+def init(key: jax.Array, shape: tuple[int, ...], ranks: np.ndarray, how: str) -> tuple[jax.Array, jax.Array]:
+    """A float32[*stack, in, R] and B float32[*stack, R, out] whose product is zero, zero beyond each layer's rank."""
+    *stack, rows, columns = shape
+    width = int(ranks.max())
+    real = jnp.arange(width) < ranks[..., None]  # bool[*stack, R]
+    a_shape, b_shape = (*stack, rows, width), (*stack, width, columns)
+    divisor = jnp.maximum(jnp.asarray(ranks, jnp.float32), 1.0)[..., None, None]
+    a, b = jnp.zeros(a_shape), jnp.zeros(b_shape)
+    if how == "kaiming":
+        a = jax.random.uniform(key, a_shape, minval=-1.0, maxval=1.0) / np.sqrt(rows)
+    elif how == "gaussian":
+        a = jax.random.normal(key, a_shape) / divisor
+    elif how == "a_zero":
+        b = jax.random.uniform(key, b_shape, minval=-1.0, maxval=1.0) / jnp.sqrt(divisor)
+    elif how == "embedding":
+        b = jax.random.normal(key, b_shape)
+    else:
+        raise ValueError(f"peft.init: got {how!r}; expected kaiming, gaussian or a_zero")
+    return jnp.where(real[..., None, :], a, 0.0), jnp.where(real[..., None], b, 0.0)
