@@ -1,0 +1,141 @@
+"""What a config dataclass says about itself: its fields, their types in words, and the docstring under each.
+
+A field's documentation is the string literal on the lines after it, read from the class's source. A field that is a
+*choice* (`peft: {method: lora, rank: 16}`) is declared with `choice`, which names the tag and the alternatives.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value of a tagged union: the alternative's name, and its config."""
+
+    name: str
+    config: Any
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """A tagged union: the key that picks, what it can be, and what it is if not written."""
+
+    tag: str
+    classes: Mapping[str, type]
+    default: str
+    doc: str
+    """What the tag means."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a section."""
+
+    name: str
+    type: Any
+    doc: str
+    default: Any
+    """`dataclasses.MISSING` if the key must be given."""
+    alternatives: Alternatives | None = None
+
+    @property
+    def required(self) -> bool:
+        """Whether the key must be given."""
+        return self.default is dataclasses.MISSING
+
+
+def choice(tag: str, classes: Mapping[str, type], default: str, doc: str) -> Any:
+    """Declares a field of type `Choice`; its default is the default alternative with that one's defaults."""
+    alternatives = Alternatives(tag, classes, default, doc)
+    return dataclasses.field(
+        default_factory=lambda: Choice(default, classes[default]()), metadata={"alternatives": alternatives}
+    )
+
+
+@functools.cache
+def fields(cls: type) -> tuple[Field, ...]:
+    """The keys of a config dataclass, in order."""
+    hints, docs = typing.get_type_hints(cls, include_extras=True), docstrings(cls)
+    return tuple(
+        Field(f.name, hints[f.name], docs.get(f.name, ""), _default(f), f.metadata.get("alternatives"))
+        for f in dataclasses.fields(cls)
+        if f.init
+    )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """Field name -> the string literal below it in the source of the class (or of a class it inherits from)."""
+    docs: dict[str, str] = {}
+    for base in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        for node, below in itertools.pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(below, ast.Expr):
+                if isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+                    docs[node.target.id] = " ".join(below.value.value.split())
+    return docs
+
+
+def options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; a type that is none is its own only member."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return options(annotation.__origin__)
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a type is a config dataclass."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation) and annotation is not Choice
+
+
+def words(annotation: Any) -> str:
+    """A type as a user would say it: `int | None` is "an integer or null"."""
+    plain = {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+        Any: "anything",
+    }
+    if len(members := options(annotation)) > 1:
+        return " or ".join(dict.fromkeys(map(words, members)))
+    annotation = members[0]
+    if annotation in plain:
+        return plain[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if origin is tuple and Ellipsis not in arguments:
+        return f"a list of {len(arguments)} ({', '.join(map(words, arguments))})"
+    if origin in (tuple, list, Sequence):
+        return f"a list of ({words(arguments[0])})"
+    if origin is dict:
+        return f"a mapping of {words(arguments[0])} to {words(arguments[1])}"
+    return "a mapping" if is_section(annotation) else str(annotation)
+
+
+def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Field, str]]:
+    """Every key below a config dataclass: its path, its field, and of which alternative it is ("" if of none)."""
+    for field in fields(cls):
+        here = (*path, field.name)
+        yield here, field, ""
+        for inner in filter(is_section, options(field.type)):
+            yield from keys(inner, here)
+        if field.alternatives:
+            for name, config in field.alternatives.classes.items():
+                yield from ((p, f, name) for p, f, _ in keys(config, here))

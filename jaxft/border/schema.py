@@ -1,0 +1,69 @@
+"""A JSON schema of a config dataclass, for editors: completion, types and the meaning of each key under the cursor."""
+
+import functools
+from typing import Any
+
+import pydantic
+
+from jaxft.border import check
+from jaxft.border import fields as fields_
+from jaxft.border.fields import Alternatives, Field
+
+
+def schema(cls: type, title: str) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a config dataclass."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **_section(cls)}
+
+
+def _section(cls: type) -> dict[str, Any]:
+    # A section that must be given is still optional where everything in it has a default; the checker is exact.
+    fields = fields_.fields(cls)
+    required = [field.name for field in fields if field.required and not fields_.is_section(field.type)]
+    described = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {field.name: _field(field) for field in fields},
+    }
+    return {**described, "required": required} if required else described
+
+
+def _field(field: Field) -> dict[str, Any]:
+    described = _alternatives(field.alternatives) if field.alternatives else _type(field.type)
+    described = {**described, "description": field.doc} if field.doc else described
+    if field.required or field.alternatives or fields_.is_section(field.type):
+        return described
+    return {**described, "default": check.plain(field.default)}
+
+
+def _alternatives(alternatives: Alternatives) -> dict[str, Any]:
+    """One object per alternative, told apart by the tag; only the default's may leave it out. Or a bare name."""
+    variants = []
+    for name, cls in alternatives.classes.items():
+        section = _section(cls)
+        section["properties"] = {
+            alternatives.tag: {"const": name, "description": alternatives.doc},
+            **section["properties"],
+        }
+        tag = [] if name == alternatives.default else [alternatives.tag]
+        section["required"] = [*tag, *section.get("required", [])]
+        variants.append({"title": name, **section})
+    return {"oneOf": [*variants, {"enum": list(alternatives.classes)}]}
+
+
+def _type(annotation: Any) -> dict[str, Any]:
+    members = fields_.options(annotation)
+    if fields_.is_section(members[0]) and len(members) == 1:
+        # A section written with nothing below it means its defaults.
+        return {**_section(members[0]), "type": ["object", "null"]}
+    if any(fields_.is_section(member) for member in members):
+        return {"anyOf": [_section(m) if fields_.is_section(m) else _leaf(m) for m in members]}
+    return _leaf(annotation)
+
+
+@functools.cache
+def _adapter_schema(annotation: Any) -> dict[str, Any]:
+    return pydantic.TypeAdapter(annotation).json_schema()
+
+
+def _leaf(annotation: Any) -> dict[str, Any]:
+    return dict(_adapter_schema(annotation))
