@@ -6,6 +6,7 @@ matches nothing is an error, never a fallback.
 """
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxft.core import weight as weights
 from jaxft.core.weight import Split, Weight
@@ -33,6 +33,16 @@ def is_weight(x: Any) -> bool:
     return isinstance(x, Weight)
 
 
+def is_split(x: Any) -> bool:
+    """Whether ``x`` is one stack held as separate layers."""
+    return isinstance(x, Split)
+
+
+def is_leaf(x: Any) -> bool:
+    """Whether ``x`` is what a user calls one weight: a Weight or a split stack (plain arrays are leaves anyway)."""
+    return is_weight(x) or is_split(x)
+
+
 def join(path: Sequence[Any]) -> str:
     """A JAX key path as text: ``layers/attn/q``."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
@@ -40,13 +50,13 @@ def join(path: Sequence[Any]) -> str:
 
 def paths(tree: Params, inside: bool = True) -> list[tuple[str, Any]]:
     """All leaves with their paths; ``inside=False`` stops at Weights instead of listing their arrays."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=None if inside else is_weight)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_split if inside else is_leaf)
     return [(join(p), leaf) for p, leaf in leaves]
 
 
 def map_weights(fn: Callable[[str, Any], Any], params: Params) -> Params:
     """``fn(path, weight)`` over every plain array and every Weight, without descending into Weights."""
-    return jax.tree_util.tree_map_with_path(lambda p, w: fn(join(p), w), params, is_leaf=is_weight)
+    return jax.tree_util.tree_map_with_path(lambda p, w: fn(join(p), w), params, is_leaf=is_leaf)
 
 
 def select(params: Params, pattern: str) -> list[str]:
@@ -99,7 +109,7 @@ def strip(params: Params) -> Params:
 
 
 def merge(params: Params) -> Params:
-    """The model with every adapter folded into a plain weight; raises NotMergeable naming the path."""
+    """The model with every adapter folded into a plain weight, layers stacked; raises NotMergeable naming the path."""
 
     def fold(path: str, w: Any) -> Any:
         if not isinstance(w, Weight):
@@ -110,7 +120,7 @@ def merge(params: Params) -> Params:
         except weights.NotMergeable as error:
             raise weights.NotMergeable(f"{path}: {error}") from None
 
-    return map_weights(fold, params)
+    return map_weights(fold, stack_layers(params))
 
 
 def trainable_mask(params: Params, select: str | None = None) -> Params:
@@ -127,7 +137,7 @@ def trainable_mask(params: Params, select: str | None = None) -> Params:
         nonlocal matched
         hit = pattern is not None and bool(pattern.search(path)) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         matched |= hit
-        return hit
+        return jax.tree.map(lambda _: hit, leaf)  # one boolean, or one for each part of a Split
 
     def visit(path: str, w: Any) -> Any:
         if not isinstance(w, Weight):
@@ -177,8 +187,18 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 
 def count(tree: Params) -> int:
-    """Number of elements in all floating arrays of the tree (``None`` holes count nothing)."""
-    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.inexact))
+    """Number of parameters: elements of the model's and the adapters' floating arrays.
+
+    ``None`` holes count nothing, nor do a Weight's frozen constants (scales, ranks, keys)."""
+    kinds = (weights.PARAMETER, weights.TRAINABLE)
+
+    def elements(w: Any) -> int:
+        if isinstance(w, Weight):
+            fields = dataclasses.fields(w)  # type: ignore[arg-type]
+            return sum(count(getattr(w, f.name)) for f in fields if weights.role(f) in kinds)
+        return math.prod(w.shape) if jnp.issubdtype(w.dtype, jnp.inexact) else 0
+
+    return sum(elements(w) for w in jax.tree.leaves(tree, is_leaf=is_weight))
 
 
 def cast(params: Params, dtype: Any) -> Params:
@@ -187,11 +207,11 @@ def cast(params: Params, dtype: Any) -> Params:
     def one(w: Any) -> Any:
         if isinstance(w, Weight):
             return _rebuild(w, lambda f, v: one(v) if weights.role(f) == weights.PARAMETER else v)
-        if isinstance(w, Split):
-            return Split(tuple(one(p) for p in w.parts))
-        return w.astype(dtype) if w is not None and jnp.issubdtype(w.dtype, jnp.inexact) else w
+        if w is None or not jnp.issubdtype(w.dtype, jnp.inexact):
+            return w
+        return jax.tree.map(lambda a: a.astype(dtype), w)
 
-    return jax.tree.map(one, params, is_leaf=lambda x: is_weight(x) or isinstance(x, Split))
+    return jax.tree.map(one, params, is_leaf=is_leaf)
 
 
 def dropout_keys(params: Params, key: jax.Array | None) -> Params:
@@ -223,6 +243,16 @@ def split_layers(tree: Params, key: str = "layers") -> Params:
     return {**tree, key: split}
 
 
+def stack_layers(tree: Params) -> Params:
+    """The inverse of `split_layers`: every `Split` as one stacked array."""
+    return jax.tree.map(lambda w: jnp.stack(w.parts) if is_split(w) else w, tree, is_leaf=is_split)
+
+
+def num_layers(params: Params) -> int:
+    """Depth of the stack under ``layers``."""
+    return paths(params["layers"])[0][1].shape[0]
+
+
 def layer(tree: Params, index: Any) -> Params:
     """Layer ``index`` of a tree of stacked arrays (or `Split`s)."""
-    return jax.tree.map(lambda a: a[index], tree, is_leaf=lambda x: isinstance(x, Split))
+    return jax.tree.map(lambda a: a[index], tree, is_leaf=is_split)

@@ -91,8 +91,9 @@ class Weight:
         raise TypeError(f"{type(self).__name__} cannot hold experts")
 
     def unshard(self) -> "Weight":
-        """The same weight with its stored bytes gathered before use; identity unless the class packs bytes."""
-        return self
+        """The same weight with its stored bytes gathered before use; wrappers pass it on to their base."""
+        base = self.base
+        return dataclasses.replace(self, base=base.unshard()) if isinstance(base, Weight) else self  # type: ignore[type-var]
 
     def dense(self) -> jax.Array:
         """The matrix this stands for, in the dtype it was made from."""
@@ -108,7 +109,7 @@ class Weight:
 
     def __getitem__(self, index: Any) -> "Weight":
         """Indexes the stack (layer) axis of every array."""
-        return jax.tree.map(lambda a: a[index], self)
+        return jax.tree.map(lambda a: a[index], self, is_leaf=lambda a: isinstance(a, Split))
 
     def __repr__(self) -> str:
         parts = []
@@ -131,6 +132,10 @@ class Affine(Weight):
     def __rmatmul__(self, x):
         return x @ self.base + self.bias.astype(x.dtype)
 
+    def ragged_dot(self, x, group_sizes):
+        y = _ragged_dot(self.base, x, group_sizes)
+        return y + jnp.repeat(self.bias.astype(x.dtype), group_sizes, axis=0, total_repeat_length=x.shape[0])
+
     def dense(self):
         """The matrix without the bias."""
         return self.base.dense() if isinstance(self.base, Weight) else self.base
@@ -143,32 +148,76 @@ class Affine(Weight):
 class InPlace(Weight):
     """A whole weight trained in place of ``base`` (peft's ``modules_to_save``); the original stays for `strip`.
 
-    ``tied``: a tied head follows the trained value too; otherwise, as in peft, it keeps reading the original.
+    ``value`` is ``base`` without compression: an array, or an Affine of arrays (its bias trains too), in float32.
+    ``tied``: whether a head tied to this embedding follows the trained value (True) or keeps reading the original
+    (False, peft's default); None where no head is tied to it.
     """
 
     base: Any = parameter()
     value: Any = trainable()
-    tied: bool = static(False)
+    tied: bool | None = static(default=None)
 
     def __rmatmul__(self, x):
-        return x @ (self.value if isinstance(self.value, Weight) else self.value.astype(x.dtype))
+        return x @ jax.tree.map(lambda v: v.astype(x.dtype), self.value)
 
     def take(self, ids):
         return self.value[ids].astype(self.dtype)
 
     def unembed(self, x):
-        w = self.value if self.tied else self.base
-        return x @ w.astype(x.dtype).T
+        return x @ self.value.astype(x.dtype).T if self.tied else _unembed(self.base, x)
+
+    def ragged_dot(self, x, group_sizes):
+        return _ragged_dot(jax.tree.map(lambda v: v.astype(x.dtype), self.value), x, group_sizes)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The trained values: what a norm asks of its vectors."""
+        return self.value.astype(dtype)
 
     def dense(self):
-        return self.value.dense() if isinstance(self.value, Weight) else self.value.astype(self.dtype)
+        value = self.value.dense() if isinstance(self.value, Weight) else self.value
+        return value.astype(self.dtype)
 
     def merged(self):
-        cast = jax.tree.map(lambda v, b: v.astype(b.dtype), self.value, self.base)
-        return cast
+        value = jax.tree.map(lambda v: v.astype(self.dtype), self.value)
+        return Untied(value, self.base) if self.tied is False else value
 
     def axes(self, names):
         return {"base": names, "value": names}
+
+
+@weight
+class Untied(Weight):
+    """An embedding ``base`` and the tied ``head`` it no longer equals, both [vocab, features].
+
+    What is left of a tied embedding when an adapter that changed only the look-up is merged: on disk, two tensors.
+    """
+
+    base: Any = parameter()
+    head: Any = parameter()
+    adapter: ClassVar[bool] = False
+
+    def __rmatmul__(self, x):
+        return x @ self.base
+
+    def take(self, ids):
+        return self.base.take(ids) if isinstance(self.base, Weight) else self.base[ids]
+
+    def unembed(self, x):
+        return _unembed(self.head, x)
+
+    def dense(self):
+        return self.base.dense() if isinstance(self.base, Weight) else self.base
+
+    def axes(self, names):
+        return {"base": names, "head": names}
+
+
+def _unembed(w: Any, x: jax.Array) -> jax.Array:
+    return w.unembed(x) if isinstance(w, Weight) else x @ w.T
+
+
+def _ragged_dot(w: Any, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    return w.ragged_dot(x, group_sizes) if isinstance(w, Weight) else jax.lax.ragged_dot(x, w, group_sizes)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -180,6 +229,10 @@ class Split:
 
     def __getitem__(self, index: int) -> jax.Array:
         return self.parts[index]
+
+    @property
+    def ndim(self) -> int:
+        return 1 + self.parts[0].ndim
 
     @property
     def shape(self) -> tuple[int, ...]:

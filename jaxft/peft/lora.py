@@ -18,8 +18,9 @@ import numpy as np
 
 from jaxft.core import tree, verbs
 from jaxft.core.names import Names
-from jaxft.core.weight import InPlace, Weight, static, trainable, weight
+from jaxft.core.weight import Untied, Weight, parameter, static, trainable, weight
 from jaxft.peft import targets as targets_
+from jaxft.peft import whole
 from jaxft.peft.targets import Target
 
 
@@ -33,8 +34,8 @@ class LoRA:
     """Numerator of the scale; default: twice the rank."""
     targets: str | tuple[str, ...] = "all-linear"
     """Modules to adapt: torch names (q_proj, ...), our paths, a full-match regex, or all-linear."""
-    exclude: tuple[str, ...] = ()
-    """Modules never adapted, by name."""
+    exclude: str | tuple[str, ...] = ()
+    """Modules never adapted: names, or a full-match regex."""
     dropout: float = 0.0
     """Probability of zeroing an input feature of the adapter while training."""
     rslora: bool = False
@@ -61,17 +62,20 @@ class LoRA:
 
 @weight
 class LoRAWeight(Weight):
-    """``x @ base + scale * (x @ a) @ b``. a: [*stack, in, r]; b: [*stack, r, out]; scale, rank: [*stack]."""
+    """``x @ base + scale * (x @ a) @ b``. a: [*stack, in, r]; b: [*stack, r, out]; scale, rank: [*stack].
 
-    base: Any = dataclasses.field(metadata={"role": "parameter"})
+    ``tied``: as in InPlace, whether a head tied to this embedding follows the adapter; None if no head is tied to it.
+    """
+
+    base: Any = parameter()
     a: jax.Array = trainable()
     b: jax.Array = trainable()
-    scale: jax.Array = dataclasses.field()
-    rank: jax.Array = dataclasses.field()
+    scale: jax.Array
+    rank: jax.Array
     key: jax.Array | None = None
-    rate: float = static(0.0)
-    rslora: bool = static(False)
-    tied: bool = static(False)
+    rate: float = static(default=0.0)
+    rslora: bool = static(default=False)
+    tied: bool | None = static(default=None)
 
     def _delta(self, x: jax.Array) -> jax.Array:
         """``scale * (x @ a) @ b`` in the dtype of x; the scale is applied at rank width, where it is cheap."""
@@ -87,7 +91,8 @@ class LoRAWeight(Weight):
 
     def take(self, ids):
         rows = verbs.take(self.base, ids)
-        return rows + ((self.a[ids] * self.scale) @ self.b).astype(rows.dtype)
+        low = self.a[ids].astype(self.scale.dtype) * self.scale
+        return rows + (low @ self.b.astype(low.dtype)).astype(rows.dtype)
 
     def unembed(self, x):
         y = verbs.unembed(self.base, x)
@@ -95,14 +100,21 @@ class LoRAWeight(Weight):
             return y
         return y + ((x @ self.b.astype(x.dtype).T) * self.scale.astype(x.dtype)) @ self.a.astype(x.dtype).T
 
+    def ragged_dot(self, x, group_sizes):
+        a = (self.a * self.scale[..., None, None]).astype(x.dtype)
+        low = jax.lax.ragged_dot(x, a, group_sizes)
+        return verbs.ragged_dot(x, self.base, group_sizes) + jax.lax.ragged_dot(
+            low, self.b.astype(x.dtype), group_sizes
+        )
+
     def dense(self):
         base = verbs.dense(self.base)
-        scale = self.scale[..., None, None]
-        delta = jnp.matmul(self.a * scale, self.b, precision="highest")
-        return (base.astype(delta.dtype) + delta).astype(base.dtype)
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        delta = jnp.matmul(a * self.scale[..., None, None], b, precision="highest")
+        return (base.astype(jnp.float32) + delta).astype(base.dtype)
 
     def merged(self):
-        return self.dense()
+        return Untied(self.dense(), self.base) if self.tied is False else self.dense()
 
     def axes(self, names):
         stack, (rows, columns) = names[:-2], names[-2:]
@@ -117,29 +129,21 @@ class LoRAWeight(Weight):
 
 
 def adapt(params: tree.Params, names: Names, key: jax.Array, config: LoRA) -> tree.Params:
-    """Wraps the targets in `LoRAWeight` (identity at initialisation) and `modules_to_save` in `InPlace`.
+    """Wraps the targets in `LoRAWeight` (identity at initialisation) and trains `modules_to_save` whole.
 
     Raises ValueError naming a target or module that matches nothing."""
-    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
-    saved = config.modules_to_save and targets_.find(names, num_layers, config.modules_to_save)
+    num_layers = tree.num_layers(params)
     found = targets_.find(
         names,
         num_layers,
         config.targets,
-        exclude=(*config.exclude, *config.modules_to_save),
+        exclude=config.exclude,
         layers=config.layers,
+        saved=config.modules_to_save,
     )
     for i, target in enumerate(found):
         params = _wrap(params, target, jax.random.fold_in(key, i), config)
-    for target in saved or ():
-        params = tree.wrap(params, target.name.path, lambda w: save_whole(w, config.ensure_weight_tying))
-    return params
-
-
-def save_whole(w: Any, tied: bool = False) -> InPlace:
-    """The weight trained whole, in float32, beside its frozen original."""
-    # `+ 0` makes a buffer of its own: the trained copy is donated to the step, the original is not.
-    return InPlace(base=w, value=jax.tree.map(lambda x: x.astype(jnp.float32) + 0, w), tied=tied)
+    return whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)
 
 
 def _wrap(params: tree.Params, target: Target, key: jax.Array, config: LoRA) -> tree.Params:
@@ -162,7 +166,7 @@ def _wrap(params: tree.Params, target: Target, key: jax.Array, config: LoRA) -> 
             rank=jnp.asarray(ranks),
             rate=0.0 if embedding else config.dropout,
             rslora=config.rslora,
-            tied=embedding and config.ensure_weight_tying,
+            tied=whole.head_follows(params, target.name, config.ensure_weight_tying),
         )
 
     return tree.wrap(params, target.name.path, wrapped)

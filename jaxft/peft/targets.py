@@ -1,8 +1,9 @@
 """Which weights a method adapts: Hugging Face module names, our paths, a regex, or ``all-linear``.
 
 The rules are peft's: a list matches a module of that exact name or ending in ``.name``; a string is a full-match
-regex over the module name; ``exclude`` is applied first; rank and alpha patterns match the end of a module name.
-Our layers are stacked, so a match is a boolean for each layer. A target that matches nothing is an error.
+regex over the module name; ``exclude`` is applied first; layer indices restrict what a list matches by its end;
+rank and alpha patterns match the end of a module name. Our paths (``layers/attn/q``) are accepted as well. Our layers
+are stacked, so a match is a boolean for each layer. Unlike peft, each target that matches nothing is an error.
 """
 
 import re
@@ -14,6 +15,7 @@ import numpy as np
 from jaxft.core.names import Name, Names
 
 Targets = str | tuple[str, ...]
+ADAPTABLE = ("linear", "conv1d", "embedding")
 
 
 @dataclass(frozen=True)
@@ -41,49 +43,93 @@ def find(
     *,
     exclude: Targets = (),
     layers: Sequence[int] | None = None,
-    kinds: tuple[str, ...] = ("linear", "conv1d", "embedding"),
+    saved: Sequence[str] = (),
 ) -> list[Target]:
-    """The weights that ``targets`` selects. Raises ValueError naming each target that selects nothing."""
+    """The weights that ``targets`` selects; ``saved`` modules are trained whole and so never adapted.
+
+    Raises ValueError naming each target that selects nothing."""
     targets = targets if isinstance(targets, str) else tuple(targets)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     found: list[Target] = []
     for name in names:
-        if name.kind not in kinds or (everything and (name.kind == "embedding" or name.path == "head")):
+        if name.kind not in ADAPTABLE or (everything and (name.kind == "embedding" or name.path == "head")):
             continue
         modules = name.modules(num_layers)
         hit = np.array([
             (everything or matches(m, name.path, targets))
             and not (exclude and matches(m, name.path, exclude))
-            and (layers is None or not name.stacked or i in layers)
+            and not any(re.match(rf"(^|.*\.){s}($|\..*)", m) for s in saved)
+            and (layers is None or _in_layers(name, i, m, targets, layers))
             for i, m in enumerate(modules)
         ])  # fmt: skip
         if hit.any():
             found.append(Target(name, hit if name.stacked else hit[0], modules))
-    _refuse_unmatched(targets, found, names, num_layers, everything)
+    _refuse_unmatched("targets", targets, found, names, num_layers)
     return found
 
 
-def _refuse_unmatched(targets: Targets, found: list[Target], names: Names, num_layers: int, everything: bool) -> None:
-    wanted = (targets,) if isinstance(targets, str) else targets
-    missing = [
-        t
-        for t in wanted
-        if not (everything and found)
-        and not any(matches(m, f.name.path, t if isinstance(targets, str) else (t,)) for f in found for m in f.modules)
-    ]
+def find_whole(names: Names, num_layers: int, modules: Sequence[str]) -> list[Name]:
+    """The rows (norms too) that ``modules``, peft's ``modules_to_save``, selects; also all rows inside a module.
+
+    peft compares plain endings: ``norm`` means ``model.norm`` and every ``..._layernorm`` too. Raises ValueError for
+    a module that selects nothing or only some layers of a stack."""
+    chosen = []
+    unused = set(modules)
+    for name in names:
+        hits = [
+            {m for m in modules if _inside(one, m) or matches(one, name.path, (m,))} for one in name.modules(num_layers)
+        ]
+        if any(hits) and not all(hits):
+            raise ValueError(
+                f"peft.modules_to_save: {list(modules)} selects layers {[i for i, h in enumerate(hits) if h]} of "
+                f"{name.path} ({num_layers} layers); a module is trained whole in every layer or in none"
+            )
+        if any(hits):
+            chosen.append(name)
+            unused.difference_update(*hits)
+    if unused:
+        _refuse("modules_to_save", tuple(sorted(unused)), names, num_layers, ("norm", *ADAPTABLE))
+    return chosen
+
+
+def _inside(module: str, ending: str) -> bool:
+    """Whether ``module``, or one that contains it, ends in ``ending``."""
+    parts = module.split(".")
+    return any(".".join(parts[:n]).endswith(ending) for n in range(1, len(parts) + 1))
+
+
+def _in_layers(name: Name, index: int, module: str, targets: Targets, layers: Sequence[int]) -> bool:
+    """peft's layers_to_transform: a full module name in a list is taken whatever its layer; one without is not."""
+    exact = not isinstance(targets, str) and module in targets
+    return exact or (name.stacked and index in layers)
+
+
+def _refuse_unmatched(field: str, targets: Targets, found: list[Target], names: Names, num_layers: int) -> None:
+    if isinstance(targets, str):
+        missing = () if found else (targets,)
+    else:
+        missing = tuple(
+            t for t in targets if not any(matches(m, f.name.path, (t,)) for f in found for m in f.modules)
+        )  # fmt: skip
     if missing or not found:
-        known = sorted({n.module.rsplit(".", 1)[-1] for n in names if n.kind != "norm"})
-        raise ValueError(
-            f"peft.targets: {', '.join(map(repr, missing)) or repr(targets)} matches no weight of this model "
-            f"({num_layers} layers). Known modules: {', '.join(known)}. Use those names, our paths "
-            f"({', '.join(sorted(n.path for n in names if n.kind != 'norm'))}), a regex, or 'all-linear'."
-        )
+        _refuse(field, missing, names, num_layers, ADAPTABLE)
+
+
+def _refuse(field: str, missing: tuple[str, ...], names: Names, num_layers: int, kinds: tuple[str, ...]) -> None:
+    known = sorted({n.module.rsplit(".", 1)[-1] for n in names if n.kind in kinds})
+    raise ValueError(
+        f"peft.{field}: {', '.join(map(repr, missing)) or 'the empty list'} selects no weight of this model "
+        f"({num_layers} layers). Known modules: {', '.join(known)}. Use those names or our paths "
+        f"({', '.join(sorted(n.path for n in names if n.kind in kinds))})"
+        + ("" if field == "modules_to_save" else ", a regex over the whole module name, or 'all-linear'")
+        + "."
+    )
 
 
 def pattern_values(modules: Sequence[str], pattern: dict[str, float], default: float) -> np.ndarray:
     """Per module the first value of ``pattern`` whose key matches its end (peft's ``rank_pattern``), else default."""
 
     def value(module: str) -> float:
-        return next((v for k, v in pattern.items() if re.fullmatch(rf"(.*\.)?({k})$", module)), default)
+        return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
     return np.array([value(m) for m in modules])
