@@ -1,0 +1,80 @@
+"""The pretraining documents: pages of stories, worksheets, and lessons told in prose.
+
+Unusual: no chat is among them, no question as a chat asks it, and no held-out instance. The base has the skills in
+worksheet form only; fine-tuning teaches it to answer.
+"""
+
+import dataclasses
+import random
+
+from scripts.tiny import task as tasklib
+from scripts.tiny import words
+from scripts.tiny.language import people, story
+from scripts.tiny.tasks import EASY, TASKS
+
+# The easy tasks come twice as often as the others.
+DECK = (*TASKS.values(), *(TASKS[name] for name in EASY))
+HEADS = ("Exercises", "Worksheet", "Homework", "Lesson {n}", "Page {n}", "Practice", "Test {n}")
+
+
+def page_of_stories(rng: random.Random) -> str:
+    """Two to four stories, one paragraph each."""
+    return "\n\n".join(story(rng) for _ in range(rng.randint(2, 4)))
+
+
+def worksheet(rng: random.Random, *, held: bool = False) -> str:
+    """Ten to twenty exercises with answers: of one kind, in one wording, or mixed."""
+    kind = rng.random()
+    task = rng.choice(DECK)
+    if kind < 0.6:
+        deck = DECK
+    elif kind < 0.85:
+        deck = (task,)
+    else:
+        deck = (dataclasses.replace(task, worksheet=(rng.choice(task.worksheet),)),)
+    lines = []
+    for _ in range(rng.randint(10, 20)):
+        lines.append(tasklib.worksheet(tasklib.draw(rng.choice(deck), rng, held=held), rng))
+    stop = "." if rng.random() < 0.2 else ""
+    gap = "\n\n" if any("\n" in line for line in lines) else "\n"
+    head = f"{rng.choice(HEADS).format(n=rng.randint(1, 99))}\n\n" if rng.random() < 0.5 else ""
+    return head + gap.join(line + stop for line in lines)
+
+
+def lesson(rng: random.Random, *, held: bool = False) -> str:
+    """Exercises told in prose: a teacher writes the beginning, a child the answer."""
+    a, b = people(rng, 2)
+    lines = [
+        f"The teacher was {rng.choice(('kind', 'old', 'young', 'quick'))}. {a.name} and {b.name} were at the school."
+    ]
+    for _ in range(rng.randint(4, 8)):
+        instance = tasklib.draw(rng.choice(DECK), rng, held=held)
+        who = rng.choice((a, b))
+        prompt = tasklib.worksheet_prompt(instance, rng)
+        said = rng.choice(
+            (
+                f'The teacher wrote "{prompt}" on the wall. {who.name} wrote "{instance.answer}".',
+                f'"{prompt}" read {who.name}. Then {who.he} wrote: {instance.answer}',
+                f'Next was "{prompt}" and {who.name} knew it: {instance.answer}',
+            )
+        )
+        lines.append(said)
+    return "\n".join(lines)
+
+
+def vocabulary(rng: random.Random) -> str:
+    """Lists of words, as they begin a line and as they stand within one."""
+    chosen = rng.sample(words.COMMON, 24)
+    return "\n".join(" ".join(chosen[i : i + 4]) for i in range(0, 24, 4))
+
+
+def document(rng: random.Random, *, held: bool = False) -> str:
+    """One document of the corpus; `held` takes its exercises from the held-out side."""
+    kind = rng.random()
+    if kind < 0.38:
+        return page_of_stories(rng)
+    if kind < 0.88:
+        return worksheet(rng, held=held)
+    if kind < 0.98:
+        return lesson(rng, held=held)
+    return vocabulary(rng)
