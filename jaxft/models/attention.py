@@ -1,17 +1,29 @@
 """Attention, one function: who may see whom is said by positions and segments, how it is computed by the platform.
 
-A backend is chosen by literal rules on static facts (platform, dtype, shapes, window, soft-cap, packing); what a fast
-kernel cannot do falls to the chunked XLA path. Unusual: self-attention is recognised by *identity* (the same positions
-array for queries and keys), which promises that inside a segment index order is position order.
+A backend is chosen by literal rules on static facts (`attention_choice`); what a kernel cannot do falls to the chunked
+XLA path, said once in the log. Unusual: self-attention is recognised by *identity* (the same positions array for queries
+and keys), which promises that inside a segment index order is position order; positions themselves are then not read.
+Under a mesh (`jax.set_mesh`, or `mesh=`) the TPU kernel runs per device, rows over `batch_axes`, heads over `head_axis`.
 """
 
+import functools
+import logging
+import math
+import re
 from typing import Literal
 
 import jax
 
-from jaxft.models import attention_xla
+from jaxft.models import attention_choice, attention_cudnn, attention_splash, attention_xla
+from jaxft.models.attention_choice import Backend
 
-Backend = Literal["xla", "cudnn", "splash"]
+Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+RESIDUALS = attention_xla.RESIDUALS
+
+logger = logging.getLogger("jaxft.attention")
+
+_named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
 def attention(
@@ -28,11 +40,100 @@ def attention(
     softcap: float | None = None,
     backend: Literal["auto"] | Backend = "auto",
     causal: bool = True,
+    mesh: Mesh | None = None,
+    batch_axes: tuple[str, ...] = ("data", "fsdp"),
+    head_axis: str = "tensor",
 ) -> jax.Array:
-    """Softmax attention with grouped heads: out_BTNH, in the dtype of q."""
+    """Softmax attention with grouped heads: out_BTNH, in the dtype of q; a query that sees no key gives 0.
+
+    Query t sees key s where both segments are equal and not 0 (None: no such condition), k_position <= q_position (if
+    causal), and q_position - k_position < window (if any). Query head n reads key head n // (N / K).
+    `scale` multiplies the scores, then `softcap * tanh(scores / softcap)`.
+    """
+    _check(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
     aligned = q_positions_BT is k_positions_BS
+    if aligned and window is not None and window >= q_BTNH.shape[1]:
+        window = None  # it hides nothing that causality shows; without causality no key is that far behind either
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    rows, heads = _free(mesh, batch_axes), _free(mesh, (head_axis,))
+    platform = _platform(mesh)
+    case = attention_choice.Case(
+        platform=platform, dtype=q_BTNH.dtype.name,
+        batch=q_BTNH.shape[0], queries=q_BTNH.shape[1], keys=k_BSKH.shape[1],
+        heads=q_BTNH.shape[2], kv_heads=k_BSKH.shape[2], head_dim=q_BTNH.shape[3],
+        aligned=aligned, causal=causal, segments=q_segments_BT is not None, window=window, softcap=softcap,
+        capability=_capability() if platform == "gpu" else None,
+        batch_shards=_size(mesh, rows), head_shards=_size(mesh, heads),
+    )  # fmt: skip
+    choice = attention_choice.choose(case, backend)
+    if choice.fell_back:
+        _say_once(choice.reason)
+    if choice.backend == "cudnn":
+        return attention_cudnn.attend(
+            q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, causal=causal
+        )  # fmt: skip
+    if choice.backend == "splash":
+        run = attention_splash.attend
+        if _size(mesh, _free(mesh, mesh.axis_names)) > 1:
+            run = functools.partial(attention_splash.attend_sharded, mesh=mesh, batch_axes=rows, head_axes=heads)
+        return run(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, softcap=softcap, causal=causal)
     spec = attention_xla.Spec(scale=scale, window=window, softcap=softcap, causal=causal, aligned=aligned)
-    ids = attention_xla.Ids(None, None, q_segments_BT, k_segments_BS)
-    if not aligned:
-        ids = ids._replace(q_positions=q_positions_BT, k_positions=k_positions_BS)
-    return attention_xla.attend(spec, q_BTNH, k_BSKH, v_BSKH, ids)
+    positions = (None, None) if aligned else (q_positions_BT, k_positions_BS)
+    return attention_xla.attend(
+        spec, q_BTNH, k_BSKH, v_BSKH, attention_xla.Ids(*positions, q_segments_BT, k_segments_BS)
+    )  # fmt: skip
+
+
+def keep_residuals(primitive, *args, **params) -> bool:
+    """A `jax.checkpoint` policy: keep what attention's backward pass needs (output, log-sum-exp), whatever the backend."""
+    return "dot_product_attention_fwd" in primitive.name or _named(primitive, *args, **params)
+
+
+def _check(q, k, v, q_positions, k_positions, q_segments, k_segments, window: int | None) -> None:
+    B, T, N, H = q.shape
+    S, K = k.shape[1], k.shape[2]
+    if k.shape != (B, S, K, H) or v.shape != k.shape or N % K != 0:
+        raise ValueError(
+            f"attention: got q {q.shape}, k {k.shape}, v {v.shape}; expected [B, T, N, H], [B, S, K, H] twice, with N "
+            "a multiple of K"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: got q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
+    for name, x, y in (("positions", q_positions, k_positions), ("segments", q_segments, k_segments)):
+        if (x is None) != (y is None):
+            raise ValueError(f"attention: got {name} for one of queries and keys; expected both or neither")
+        if x is not None and (x.shape != (B, T) or y.shape != (B, S)):
+            raise ValueError(f"attention: got {name} {x.shape} and {y.shape}; expected {(B, T)} and {(B, S)}")
+    if q_positions is k_positions and S != T:
+        raise ValueError(f"attention: {T} queries and {S} keys cannot share their positions; give each its own")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: got window={window}; expected at least 1 (the token itself), or None")
+
+
+def _free(mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `axes` that the mesh has and that no surrounding shard_map has taken."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(a for a in axes if a in kinds and kinds[a] != jax.sharding.AxisType.Manual)
+
+
+def _size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def _platform(mesh: Mesh) -> str:
+    """The platform compiled for: the mesh's devices where they are known (a TPU that is not here), else the default."""
+    if isinstance(mesh, jax.sharding.Mesh):
+        return mesh.devices.flat[0].platform
+    return jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+
+
+@functools.cache
+def _capability() -> tuple[int, int] | None:
+    """CUDA compute capability of the local GPU; None on a GPU of another maker."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(jax.local_devices(backend="gpu")[0].compute_capability))
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    logger.warning("attention falls back to chunked XLA: %s", reason)

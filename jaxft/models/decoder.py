@@ -1,0 +1,223 @@
+"""One causal decoder for every family: a pure function over stacked layers.
+
+Layers are stacked on axis 0 and scanned; layers of different kinds (local and global attention, no position encoding
+every n-th) are scanned by period, their kinds static inside one period. `Execution` says how to compute, never what:
+rematerialisation by name, unrolling, attention backend, mesh.
+
+Unusual: what the backward pass keeps is chosen by name. ``save`` keeps the outputs of the large products and of the
+attention kernel, so that nothing expensive is done twice, and recomputes norms, rotations and activations.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.core import tree, verbs
+from jaxft.core.weight import Split
+from jaxft.models import attention, cache, rope
+from jaxft.models.cache import Cache
+from jaxft.models.config import Layer, ModelConfig
+from jaxft.models.mlp import mlp
+from jaxft.models.norm import norm
+
+Remat = Literal["none", "full", "attn", "save"]
+KEPT: dict[str, frozenset[str]] = {
+    "full": frozenset(),
+    "attn": frozenset({"q", "k", "v", "attn", "adapter"}),
+    "save": frozenset({"q", "k", "v", "attn", "adapter", "mid", "gate", "up"}),
+}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a forward pass is computed; changes speed and memory, never the result beyond rounding."""
+
+    remat: Remat = "none"
+    """What the backward pass recomputes: none keeps everything, save all but the large products, full all."""
+    unroll: bool = False
+    """A Python loop over layers instead of a scan: 4 % faster on a GPU, slower to compile."""
+    backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel; auto chooses by platform and case."""
+    mesh: jax.sharding.Mesh | None = None
+    """Device mesh with axes (data, fsdp, tensor); None: one device."""
+
+
+def forward(
+    config: ModelConfig,
+    params: tree.Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    cache: Cache | None = None,
+    capture: tuple[str, ...] = (),
+    *,
+    execution: Execution = Execution(),
+    noise_BTD: jax.Array | None = None,
+) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+    """Token ids int32[B, T] to the hidden states after the final norm, [B, T, D].
+
+    ``positions`` int32[B, T] restart in each document (default 0..T-1); ``segments`` int32[B, T] number the documents
+    of a row from 1, 0 is padding; None promises one document per row with any padding on the right. With a cache the
+    T tokens follow what it holds. ``capture=("layers",)`` also returns every layer's output, [L, B, T, D].
+    ``noise`` is added to the embeddings (NEFTune)."""
+    refused = set(capture) - {"layers"}
+    if refused:
+        raise ValueError(f"capture: got {sorted(refused)}; expected a subset of ['layers']")
+    if positions_BT is None:
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    if cache is not None:
+        segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+    x_BTD = embed(config, params, tokens_BT, positions_BT)
+    if noise_BTD is not None:
+        x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
+    context = _Context(config, execution, positions_BT, segments_BT, cache)
+    x_BTD, cache, outputs = _layers(context, params["layers"], x_BTD, bool(capture))
+    captured = {"layers": outputs} if capture else {}
+    return norm(config, params["final_norm"], x_BTD), cache, captured
+
+
+def embed(config: ModelConfig, params: tree.Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """Token embeddings, scaled, plus learned positions where the family has them: [B, T, D]."""
+    x_BTD = verbs.take(params["embed"]["tokens"], tokens_BT)
+    if config.embed_scale != 1.0:
+        x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
+    if config.learned_positions:
+        x_BTD = x_BTD + verbs.take(params["embed"]["positions"], positions_BT)
+    return x_BTD
+
+
+class _Context:
+    """What every layer of one pass shares: rotary tables, positions and segments of queries and keys."""
+
+    def __init__(self, config, execution, positions_BT, segments_BT, cached: Cache | None):
+        self.config: ModelConfig = config
+        self.execution: Execution = execution
+        self.tables = [rope.table(r, positions_BT) for r in config.ropes]
+        self.positions_BT, self.segments_BT = positions_BT, segments_BT
+        self.k_positions_BS, self.k_segments_BS = positions_BT, segments_BT
+        self.cache, self.index = cached, None
+        if cached is not None:
+            self.index = cached["index"]
+            self.cache = cache.advance(cached, positions_BT, segments_BT)
+            self.k_positions_BS, self.k_segments_BS = self.cache["positions"], self.cache["segments"]
+
+
+def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bool):
+    """All layers, scanned by period or unrolled: (x, cache, outputs[L, B, T, D] or None)."""
+    config, execution = context.config, context.execution
+    split = any(isinstance(a, Split) for a in jax.tree.leaves(stack, is_leaf=lambda a: isinstance(a, Split)))
+    unroll = execution.unroll or split
+
+    def one(kind: Layer):
+        def body(x, p, cached, i):
+            return _layer(context, kind, p, x, cached, i)
+
+        return body if execution.remat == "none" else _remat(body, execution.remat, prevent_cse=unroll)
+
+    outputs, held = [], context.cache
+    if unroll:
+        for i, kind in enumerate(config.layers):
+            x_BTD, held = one(kind)(x_BTD, tree.layer(stack, i), held, i)
+            outputs.append(x_BTD)
+        return x_BTD, held, jnp.stack(outputs) if capture else None
+
+    period = config.period
+
+    def block(carry, inputs):
+        (x, cached), (p, i) = carry, inputs
+        ys = []
+        for j, kind in enumerate(config.layers[:period]):
+            x, cached = one(kind)(x, tree.layer(p, j) if period > 1 else p, cached, i * period + j)
+            ys.append(x)
+        return (x, cached), (jnp.stack(ys) if capture else None)
+
+    blocks = config.num_layers // period
+    if period > 1:
+        stack = jax.tree.map(lambda a: a.reshape(blocks, period, *a.shape[1:]), stack)
+    (x_BTD, held), ys = jax.lax.scan(block, (x_BTD, held), (stack, jnp.arange(blocks)))
+    return x_BTD, held, ys.reshape(config.num_layers, *x_BTD.shape) if capture else None
+
+
+def _remat(body, policy: str, prevent_cse: bool):
+    """Rematerialisation of one layer; the fused attention kernel's own outputs are kept by all policies but full."""
+    kept = KEPT[policy]
+    by_name = jax.checkpoint_policies.save_only_these_names(*kept)
+
+    def keep(primitive, *args, **params):
+        return "dot_product_attention_fwd" in primitive.name or by_name(primitive, *args, **params)
+
+    rule = keep if kept else jax.checkpoint_policies.nothing_saveable
+    return jax.checkpoint(body, policy=rule, prevent_cse=prevent_cse)
+
+
+def _layer(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cached: Cache | None, i: Any):
+    """One decoder layer: (x, cache)."""
+    config = context.config
+    scale = config.residual_scale
+
+    def before(name: str, y):
+        return norm(config, p[name], y) if config.pre_norm else y
+
+    def after(name: str, y):
+        y = norm(config, p[name], y) if config.post_norm else y
+        return y if scale == 1.0 else y * jnp.asarray(scale, y.dtype)
+
+    with jax.named_scope("attention"):
+        a_BTD, cached = _attend(context, kind, p["attn"], before("attn_norm", x_BTD), cached, i)
+        a_BTD = after("attn_post_norm", a_BTD)
+    if config.parallel_residual:
+        return x_BTD + a_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD))), cached
+    x_BTD = checkpoint_name(x_BTD + a_BTD, "mid")
+    with jax.named_scope("mlp"):
+        return x_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD))), cached
+
+
+def _attend(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cached: Cache | None, i: Any):
+    """Self-attention with its projections: (out_BTD, cache)."""
+    config = context.config
+    q_BTNH, k_BTKH, v_BTKH = _project(config, p, x_BTD)
+    if kind.rope is not None:
+        cos, sin = context.tables[kind.rope]
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos, sin), rope.rotate(k_BTKH, cos, sin)
+    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(a, n) for a, n in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v")))
+    k_BSKH, v_BSKH = k_BTKH, v_BTKH
+    if cached is not None:
+        cached = cache.write(cached, i, context.index, k_BTKH, v_BTKH)
+        k_BSKH, v_BSKH = cache.read(cached, i)
+    o_BTNH = attention.attention(
+        q_BTNH,
+        k_BSKH.astype(q_BTNH.dtype),
+        v_BSKH.astype(q_BTNH.dtype),
+        q_positions_BT=context.positions_BT,
+        k_positions_BS=context.k_positions_BS,
+        q_segments_BT=context.segments_BT,
+        k_segments_BS=context.k_segments_BS,
+        scale=config.head_dim**-0.5 if config.attn_scale is None else config.attn_scale,
+        window=kind.window,
+        softcap=config.attn_softcap,
+        backend=context.execution.backend,
+    )
+    # Named for the XLA path; the fused kernels' outputs are recognised by their primitive instead.
+    o_BTNH = checkpoint_name(o_BTNH, "attn")
+    return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ p["o"], cached
+
+
+def _project(config: ModelConfig, p: tree.Params, x_BTD: jax.Array):
+    """Queries [B, T, N, H], keys and values [B, T, K, H], normalised where the family does."""
+    n, k, h = config.num_heads, config.num_kv_heads, config.head_dim
+    rows = x_BTD.shape[:2]
+    if config.qkv == "blocks":
+        q, key, v = jnp.split(x_BTD @ p["qkv"], [n * h, (n + k) * h], -1)
+    elif config.qkv == "heads":
+        q, key, v = (a.reshape(*rows, -1) for a in jnp.split((x_BTD @ p["qkv"]).reshape(*rows, n, 3 * h), 3, -1))
+    else:
+        q, key, v = x_BTD @ p["q"], x_BTD @ p["k"], x_BTD @ p["v"]
+    if config.qk_norm == "whole":
+        q, key = norm(config, p["q_norm"], q), norm(config, p["k_norm"], key)
+    q, key, v = q.reshape(*rows, n, h), key.reshape(*rows, k, h), v.reshape(*rows, k, h)
+    if config.qk_norm == "head":
+        q, key = norm(config, p["q_norm"], q), norm(config, p["k_norm"], key)
+    return q, key, v

@@ -1,0 +1,143 @@
+r"""The output head and cross-entropy as one chunked function: per-token log-probabilities, never [B, T, V] at once.
+
+Each token's log-probability depends on its own hidden state alone, so its gradient is one row per token,
+:math:`\partial \log p_t / \partial x_t = W_{y_t} - \sum_v p_{tv} W_v`. With a frozen head the forward pass computes
+that row beside the value while the chunk's logits exist, and the backward pass only scales it: no logits are kept and
+none are computed twice, whatever the objective does with the log-probabilities. A head that trains is recomputed
+chunk by chunk in the backward pass instead.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.core import tree, verbs
+from jaxft.models.config import ModelConfig
+
+LOGIT_ELEMENTS = 2**28  # largest chunk of logits, in elements
+MIN_CHUNKS = 8
+METRICS = ("entropy", "correct", "sum_p2")  # not differentiated: their gradients are not computed
+NEEDS = ("logp", *METRICS)
+
+
+def head_of(config: ModelConfig, params: tree.Params) -> Any:
+    """The weight that `logits` reads: the head [D, V], or the token embedding [V, D] of a tied model."""
+    return params["embed"]["tokens"] if config.tie_embeddings else params["head"]
+
+
+def logits(config: ModelConfig, head: Any, x: jax.Array) -> jax.Array:
+    """[..., D] -> float32[..., V], scaled and capped; the product runs in the dtype of x, as in `transformers`."""
+    y = verbs.unembed(head, x) if config.tie_embeddings else x @ head
+    y = y.astype(jnp.float32)
+    if config.logits_scale != 1.0:
+        y = y * config.logits_scale
+    if config.final_softcap is not None:
+        y = config.final_softcap * jnp.tanh(y / config.final_softcap)
+    return y
+
+
+def token_scores(
+    config: ModelConfig, head: Any, x_BTD: jax.Array, labels_BT: jax.Array, needs: tuple[str, ...] = ("logp",)
+) -> dict[str, jax.Array]:
+    """What an objective needs of the next-token distribution at each hidden state, float32[B, T] each.
+
+    ``labels`` int32[B, T] is the token each state should predict (any id where it does not matter). logp: log p(label);
+    entropy: nats; correct: 1 where the label is the most likely token; sum_p2: sum over the vocabulary of p squared.
+    Only logp carries a gradient. Raises ValueError for another need."""
+    unknown = [n for n in needs if n not in NEEDS]
+    if unknown:
+        raise ValueError(f"needs: got {unknown}; expected names among {NEEDS}")
+    batch, length = labels_BT.shape
+    wanted = max(MIN_CHUNKS, -(-batch * length * config.vocab_size // LOGIT_ELEMENTS))
+    chunks = min(length, wanted)
+    size = -(-length // chunks)
+    pad = size * chunks - length
+    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0)))
+    labels_BT = jnp.pad(labels_BT, ((0, 0), (0, pad)))
+    # Chunks run along T, so that a batch sharded over devices stays where it is.
+    x = jnp.moveaxis(x_BTD.reshape(batch, chunks, size, -1), 1, 0)
+    labels = jnp.moveaxis(labels_BT.reshape(batch, chunks, size), 1, 0)
+    out = _scores(config, tuple(needs), head, x, labels)
+    return {n: jnp.moveaxis(v, 0, 1).reshape(batch, -1)[:, :length] for n, v in out.items()}
+
+
+def _statistics(config: ModelConfig, needs: tuple[str, ...], head: Any, x: jax.Array, labels: jax.Array):
+    """Scores of one chunk and its logits: ({need: float32[...]}, logits, lse)."""
+    y = logits(config, head, x)
+    top = jax.lax.stop_gradient(jnp.max(y, -1, keepdims=True))
+    lse = jnp.log(jnp.sum(jnp.exp(y - top), -1, keepdims=True)) + top
+    hot = jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) == labels[..., None]
+    chosen = jnp.sum(jnp.where(hot, y, 0.0), -1)
+    out = {"logp": chosen - lse[..., 0]}
+    if set(needs) & {"entropy", "sum_p2"}:
+        p = jnp.exp(y - lse)
+        out["entropy"] = lse[..., 0] - jnp.sum(p * y, -1)
+        out["sum_p2"] = jnp.sum(p * p, -1)
+    if "correct" in needs:
+        out["correct"] = (chosen >= top[..., 0]).astype(jnp.float32)
+    return {n: v if n == "logp" else jax.lax.stop_gradient(v) for n, v in out.items() if n in needs or n == "logp"}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scores(config: ModelConfig, needs: tuple[str, ...], head: Any, x: jax.Array, labels: jax.Array):
+    """Scores chunk by chunk: x [chunks, B, size, D], labels int32[chunks, B, size]."""
+
+    def chunk(_, inputs):
+        return None, _statistics(config, needs, head, *inputs)
+
+    return jax.lax.scan(chunk, None, (x, labels))[1]
+
+
+def _forward(config, needs, head, x, labels):
+    """Also the gradient row of each log-probability if the head is frozen; else what a recomputation needs."""
+    trained = any(leaf.perturbed for leaf in jax.tree.leaves(head))
+    head, x, labels = jax.tree.map(lambda a: a.value, (head, x, labels))
+    if trained:
+        return _scores(config, needs, head, x, labels), (head, x, labels, None)
+
+    def chunk(_, inputs):
+        x_c, labels_c = inputs
+        logp, pull, rest = jax.vjp(
+            lambda x_c: _split(_statistics(config, needs, head, x_c, labels_c)), x_c, has_aux=True
+        )
+        (row,) = pull(jnp.ones_like(logp))
+        return None, ({"logp": logp, **rest}, row)
+
+    _, (out, rows) = jax.lax.scan(chunk, None, (x, labels))
+    return out, (head, None, labels, rows)
+
+
+def _split(out: dict[str, jax.Array]):
+    return out["logp"], {n: v for n, v in out.items() if n != "logp"}
+
+
+def _backward(config, needs, residuals, cotangents):
+    head, x, labels, rows = residuals
+    g = cotangents["logp"]
+    g = jnp.zeros(labels.shape, jnp.float32) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
+    if rows is not None:
+        return None, rows * g[..., None].astype(rows.dtype), None
+
+    def chunk(total, inputs):
+        x_c, labels_c, g_c = inputs
+        _, pull = jax.vjp(lambda h, x_c: _statistics(config, (), h, x_c, labels_c)["logp"], head, x_c)
+        d_head, d_x = pull(g_c)
+        return jax.tree.map(_accumulate, total, d_head), d_x
+
+    zero = jax.tree.map(_zero, head)
+    d_head, d_x = jax.lax.scan(chunk, zero, (x, labels, g))
+    return jax.tree.map(lambda d, w: d if d.dtype == jax.dtypes.float0 else d.astype(w.dtype), d_head, head), d_x, None
+
+
+def _zero(w: jax.Array):
+    floating = jnp.issubdtype(w.dtype, jnp.inexact)
+    return jnp.zeros(w.shape, jnp.float32) if floating else jnp.zeros((), jnp.float32)
+
+
+def _accumulate(total: jax.Array, d: jax.Array):
+    return total if d.dtype == jax.dtypes.float0 else total + d.astype(jnp.float32)
+
+
+_scores.defvjp(_forward, _backward, symbolic_zeros=True)
