@@ -102,31 +102,34 @@ def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and dataclasses.is_dataclass(annotation) and annotation is not Choice
 
 
-def words(annotation: Any) -> str:
-    """A type as a user would say it: `int | None` is "an integer or null"."""
-    plain = {
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-        Any: "anything",
-    }
-    if len(members := options(annotation)) > 1:
-        return " or ".join(dict.fromkeys(map(words, members)))
-    annotation = members[0]
-    if annotation in plain:
-        return plain[annotation]
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+_WORDS = {
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    bool: ("true or false", "true or false each"),
+    type(None): ("null", "nulls"),
+    Any: ("anything", "anything"),
+}
+
+
+def words(annotation: Any, several: bool = False) -> str:
+    """A type as a user would say it: `int | None` is "an integer or null", `tuple[int, ...]` "a list of integers"."""
+    only, *others = options(annotation)
+    if others:
+        return " or ".join(dict.fromkeys(words(member, several) for member in (only, *others)))
+    if only in _WORDS:
+        return _WORDS[only][several]
+    origin, arguments = typing.get_origin(only), typing.get_args(only)
+    lists = "lists" if several else "a list"
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin is tuple and Ellipsis not in arguments:
-        return f"a list of {len(arguments)} ({', '.join(map(words, arguments))})"
+        return f"{lists} of {len(arguments)}: {', '.join(map(words, arguments))}"
     if origin in (tuple, list, Sequence):
-        return f"a list of ({words(arguments[0])})"
+        return f"{lists} of {words(next(iter(arguments)), several=True)}"
     if origin is dict:
         return f"a mapping of {words(arguments[0])} to {words(arguments[1])}"
-    return "a mapping" if is_section(annotation) else str(annotation)
+    return ("mappings" if several else "a mapping") if is_section(only) else str(only)
 
 
 def keys(cls: type, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Field, str]]:

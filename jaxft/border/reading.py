@@ -153,26 +153,23 @@ def _lay_over(source: Source, override: str) -> None:
     for known in [known for known in source.places if known[: len(path)] == path]:
         del source.places[known]
     source.places[path] = "command line"
-    _set(source, path, Typed(value, text))
+    _set(source.values, path, Typed(value, text))
 
 
-def _set(source: Source, path: KeyPath, value: Typed) -> None:
-    here = source.values
-    for depth, part in enumerate(path):
-        key = _key(here, part, path, depth)
-        if depth == len(path) - 1:
-            here[key] = value
-            return
-        below = here[key] if isinstance(here, list) else here.get(key)
-        below = below.value if isinstance(below, Typed) else below
-        if not isinstance(below, dict | list | None):
-            parent = dotted(path[: depth + 1])
-            raise ConfigError(
-                f"command line: `{dotted(path)}`: `{parent}` is {below!r}, which has no keys; write it as a mapping"
-            )
-        opened: Any = {} if below is None else below
-        here[key] = opened
-        here = opened
+def _set(here: Any, path: KeyPath, value: Typed, depth: int = 0) -> None:
+    key = _key(here, path[depth], path, depth)
+    if depth == len(path) - 1:
+        here[key] = value
+        return
+    below = here.get(key) if isinstance(here, dict) else here[key]
+    below = below.value if isinstance(below, Typed) else below
+    if not isinstance(below, dict | list | None):
+        parent = dotted(path[: depth + 1])
+        raise ConfigError(
+            f"command line: `{dotted(path)}`: `{parent}` is {below!r}, which has no keys; write it as a mapping"
+        )
+    here[key] = {} if below is None else below
+    _set(here[key], path, value, depth + 1)
 
 
 def _key(here: Any, part: str | int, path: KeyPath, depth: int) -> str | int:

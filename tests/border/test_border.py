@@ -199,7 +199,7 @@ def test_yaml_1_2_scalars():
             (),
             "`data.mixture.1.path` must be given (text): Where it lies.",
         ),
-        ("data: {path: a, mixture: {path: b}}", (), "`data.mixture`: expected a list of (a mapping), got the mapping"),
+        ("data: {path: a, mixture: {path: b}}", (), "`data.mixture`: expected a list of mappings, got the mapping"),
         (
             "data: a",
             (),

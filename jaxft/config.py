@@ -1,0 +1,52 @@
+"""One run's configuration: the sections, each a frozen dataclass that lives beside the code that reads it.
+
+This file only composes them. A field's meaning is the docstring under it, which `--help` and the schema show.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxft.border import check, fields, reading
+from jaxft.border import schema as schema_
+from jaxft.border.fields import Choice
+from jaxft.objectives import OBJECTIVES
+from jaxft.peft import METHODS
+from jaxft.training.optim import OptimConfig
+
+_METHODS = {name: method.config for name, method in METHODS.items()}
+_OBJECTIVES = {name: objective.config for name, objective in OBJECTIVES.items()}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    peft: Choice = fields.choice("method", _METHODS, "lora", "Fine-tuning method.")
+    """What is trained: the method and its settings."""
+    objective: Choice = fields.choice("name", _OBJECTIVES, "sft", "Training objective.")
+    """What is minimised: the objective and its settings."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser and its schedule."""
+    run_dir: str | None = None
+    """Folder of the run: resolved config, metrics, checkpoints, samples. Default: runs/ and the config file's name."""
+    resume: bool = False
+    """Whether to go on from the last checkpoint in run_dir, if there is one. Otherwise an existing one is refused."""
+
+
+def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a YAML file (none: the defaults) and `key=value` overrides. Raises ConfigError."""
+    return check.build(RunConfig, reading.read(file, overrides))
+
+
+def dump(config: RunConfig) -> str:
+    """The whole config as YAML, which `load` reads back to an equal one."""
+    return yaml.dump(check.plain(config), Dumper=reading.Dumper, sort_keys=False, allow_unicode=True)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a config file."""
+    return schema_.schema(RunConfig, "jaxft run configuration")
