@@ -1,0 +1,54 @@
+r"""Supervised fine-tuning: token-mean cross-entropy over the tokens that carry loss.
+
+.. math:: L = \frac{\sum_t m_t\, \ell_t}{\sum_t m_t}, \qquad \ell_t = -\log p_t \ \text{(nll)} \quad \text{or} \quad
+          \ell_t = -\mathrm{sg}(p_t) \log p_t \ \text{(dft)}
+
+The mean is over all target tokens of the optimiser step, whatever row, micro-batch or device they are in. ``dft``
+("dynamic fine-tuning") rescales each token by its own probability, which cancels the inverse-probability weight that
+makes the gradient of cross-entropy a badly scaled policy gradient: Wu et al. 2025, eq. 9 (arXiv:2508.05629).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.objectives import terms
+from jaxft.objectives.terms import Batch, Carry, Mean, Means, Scores
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning on the tokens the data marks as targets."""
+
+    loss: Literal["nll", "dft"] = "nll"
+    """Loss of one token: ``nll`` (cross-entropy) or ``dft`` (cross-entropy times the token's own probability)."""
+
+
+def token_loss(config: SFT, logp: jax.Array) -> jax.Array:
+    """Loss of each token, not reduced; nats. ``logp``: float32[B, T]."""
+    if config.loss == "dft":
+        return -jax.lax.stop_gradient(jnp.exp(logp)) * logp
+    return -logp
+
+
+def sft(config: SFT, scores: Scores, batch: Batch, carry: Carry) -> tuple[Means, Means]:
+    """Sums over target tokens; nats.
+
+    Args:
+      scores: ``policy`` with ``logp`` float32[B, T], log p(tokens[t] | what precedes it in its document); if there,
+        ``correct`` (the most likely token was the right one) and ``entropy`` (nats), also [B, T].
+      batch: ``loss_mask`` bool[B, T], True where the token is a target.
+
+    Returns the term ``sft`` and the metrics ``nll``, ``mean_token_accuracy`` and ``entropy``.
+    """
+    del carry
+    policy, targets_BT = scores["policy"], batch["loss_mask"]
+    logp_BT = policy["logp"]
+    metrics: dict[str, Mean] = {"nll": terms.masked(-jax.lax.stop_gradient(logp_BT), targets_BT)}
+    if "correct" in policy:
+        metrics["mean_token_accuracy"] = terms.masked(policy["correct"].astype(jnp.float32), targets_BT)
+    if "entropy" in policy:
+        metrics["entropy"] = terms.masked(jax.lax.stop_gradient(policy["entropy"]), targets_BT)
+    return {"sft": terms.masked(token_loss(config, logp_BT), targets_BT)}, metrics

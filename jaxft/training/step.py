@@ -1,0 +1,158 @@
+"""The training step: one jitted pure function ``(state, frozen, batch) -> (state, metrics)``.
+
+Unusual: a term's weight is summed over all micro-batches *before* any gradient is taken, by calling the objective on
+the whole batch with scores of zeros (XLA removes all but the weights). Each micro-batch then contributes the gradient
+of ``sum over terms of total / weight of the whole batch``, so accumulation changes nothing but memory. A loss or
+gradient that is not finite leaves the state as it was, inside the compiled step; only the step counter moves on.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.core import tree
+from jaxft.objectives import terms
+from jaxft.objectives.terms import Batch, Means, Objective, Scores
+from jaxft.training.optim import Optimizer
+from jaxft.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+class Score(Protocol):
+    """What the models say about a batch. The training room sees models only through this."""
+
+    def __call__(
+        self, view: str, params: tree.Params, batch: Batch, key: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """``key=None`` is evaluation: no dropout, no noise. Values are float32[rows, T], or bool."""
+        ...
+
+
+class Shardings(NamedTuple):
+    """Where the step's arguments live: a tree of shardings each, or one sharding for the whole of it."""
+
+    state: Any
+    frozen: Any
+    batch: Any
+    """For arrays [accumulate, rows, T]: rows over the data axes."""
+
+
+def make_step(
+    objective: Objective, config: Any, score: Score, optimizer: Optimizer, shardings: Shardings | None = None
+) -> Callable[[TrainState, tree.Params, Batch], tuple[TrainState, Metrics]]:
+    """Builds the training step.
+
+    The result takes ``batch`` arrays [accumulate, rows, T], donates ``state``, and returns scalars on the device:
+    ``loss``, each metric of the objective, each term as ``loss/<term>`` where there are several, ``grad_norm`` (before
+    clipping), ``learning_rate``, ``tokens`` (real ones, where the batch has segments), ``skipped`` (0 or 1).
+    """
+
+    def step(state: TrainState, frozen: tree.Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        weights = _weights(objective, config, score, state, frozen, batch)
+        key = jax.random.fold_in(state.key, state.step)
+
+        def loss_fn(trainable, micro, key):
+            scores = _scores(objective, score, trainable, state.start, frozen, micro, key)
+            losses, metrics = objective.fn(config, scores, micro, state.carry)
+            loss = sum((terms.divide(m.total, weights[name]) for name, m in losses.items()), jnp.float32(0))
+            return loss, (losses, metrics)
+
+        grads, (losses, means) = _accumulate(loss_fn, state.trainable, batch, key)
+        metrics = _metrics(losses, means, weights)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["learning_rate"] = optimizer.learning_rate(state.step)
+        metrics["tokens"] = _tokens(batch)
+        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1 - fine.astype(jnp.int32)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, state.step)
+        trainable = optax.apply_updates(state.trainable, updates)
+        new, old = (trainable, opt_state), (state.trainable, state.opt_state)
+        trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+        return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(
+        step, donate_argnums=0, in_shardings=(shardings.state, shardings.frozen, shardings.batch),
+        out_shardings=(shardings.state, None),
+    )  # fmt: skip
+
+
+def make_eval_step(
+    objective: Objective, config: Any, score: Score
+) -> Callable[[tree.Params, tree.Params | None, tree.Params, Batch], Means]:
+    """Builds ``(trainable, start, frozen, batch [rows, T]) -> sums`` of ``loss`` (each term) and each metric.
+
+    No dropout, no noise, no gradient. A term ``name`` is summed as ``loss/name``."""
+
+    def step(trainable: tree.Params, start: tree.Params | None, frozen: tree.Params, batch: Batch) -> Means:
+        scores = _scores(objective, score, trainable, start, frozen, batch, None)
+        losses, metrics = objective.fn(config, scores, batch, {})
+        return {**{f"loss/{name}": mean for name, mean in losses.items()}, **metrics}
+
+    return jax.jit(step)
+
+
+def _scores(
+    objective: Objective, score: Score, trainable: Any, start: Any, frozen: Any, batch: Batch, key: jax.Array | None
+) -> Scores:
+    """Scores of every view the objective asks for; only the policy has a gradient, dropout and noise."""
+    scores = {}
+    for view in objective.views:
+        with jax.named_scope(view):
+            if view == "policy":
+                scores[view] = score(view, tree.combine(trainable, frozen), batch, key)
+            elif view == "reference":
+                scores[view] = jax.lax.stop_gradient(score(view, tree.combine(start, frozen), batch, None))
+            else:
+                raise ValueError(f"no parameters for the view {view!r}; the step knows policy and reference")
+    return scores
+
+
+def _weights(
+    objective: Objective, config: Any, score: Score, state: TrainState, frozen: Any, batch: Batch
+) -> dict[str, jax.Array]:
+    """Weight of each term over the whole batch [accumulate, rows, T]; nothing is scored."""
+
+    def one(micro: Batch) -> dict[str, jax.Array]:
+        shapes = jax.eval_shape(
+            lambda micro: _scores(objective, score, state.trainable, state.start, frozen, micro, None), micro
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        losses, _ = objective.fn(config, zeros, micro, state.carry)
+        return {name: mean.weight for name, mean in losses.items()}
+
+    per_micro = jax.vmap(one)(batch)
+    return {name: jnp.sum(weight) for name, weight in per_micro.items()}
+
+
+def _accumulate(loss_fn: Any, trainable: tree.Params, batch: Batch, key: jax.Array) -> Any:
+    """Sums gradients (float32) and the objective's sums over micro-batches, one after the other."""
+    value = jax.grad(loss_fn, has_aux=True)
+    count = jax.tree.leaves(batch)[0].shape[0]
+    if count == 1:
+        return value(trainable, jax.tree.map(lambda a: a[0], batch), jax.random.fold_in(key, 0))
+
+    def body(grads, indexed):
+        index, micro = indexed
+        more, sums = value(trainable, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, grads, more), sums
+
+    grads, sums = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trainable), (jnp.arange(count), batch))
+    return grads, jax.tree.map(lambda a: jnp.sum(a, axis=0), sums)
+
+
+def _metrics(losses: Means, means: Means, weights: dict[str, jax.Array]) -> Metrics:
+    each = {name: terms.divide(mean.total, weights[name]) for name, mean in losses.items()}
+    several = {f"loss/{name}": value for name, value in each.items()} if len(each) > 1 else {}
+    return {"loss": sum(each.values(), jnp.float32(0)), **several, **terms.values(means)}
+
+
+def _tokens(batch: Batch) -> jax.Array:
+    if "segments" in batch:
+        return jnp.sum(batch["segments"] > 0, dtype=jnp.int32)
+    return jnp.int32(batch["tokens"].size)
