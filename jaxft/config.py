@@ -4,7 +4,7 @@ This file only composes them. A field's meaning is the docstring under it, which
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 from jaxft.border import check, fields, reading
 from jaxft.border import schema as schema_
 from jaxft.border.fields import Choice
+from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS
 from jaxft.training.optim import OptimConfig
@@ -25,6 +26,8 @@ _OBJECTIVES = {name: objective.config for name, objective in OBJECTIVES.items()}
 class RunConfig:
     """Everything that decides a run."""
 
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training data and its held-out part."""
     peft: Choice = fields.choice("method", _METHODS, "lora", "Fine-tuning method.")
     """What is trained: the method and its settings."""
     objective: Choice = fields.choice("name", _OBJECTIVES, "sft", "Training objective.")
@@ -32,14 +35,17 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser and its schedule."""
     run_dir: str | None = None
-    """Folder of the run: resolved config, metrics, checkpoints, samples. Default: runs/ and the config file's name."""
+    """Folder of the run: resolved config, metrics, checkpoints, samples. Default: runs/ with the config file's name."""
     resume: bool = False
     """Whether to go on from the last checkpoint in run_dir, if there is one. Otherwise an existing one is refused."""
 
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file (none: the defaults) and `key=value` overrides. Raises ConfigError."""
-    return check.build(RunConfig, reading.read(file, overrides))
+    config = check.build(RunConfig, reading.read(file, overrides))
+    if config.run_dir is None:
+        config = replace(config, run_dir=f"runs/{Path(file).stem if file else 'run'}")
+    return config
 
 
 def dump(config: RunConfig) -> str:

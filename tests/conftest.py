@@ -1,4 +1,4 @@
-"""What every test runs under: eight simulated CPU devices, exact matmuls, strict promotion where shapes and dtypes matter.
+"""What every test runs under: eight simulated CPU devices, exact matmuls, strict promotion where it matters.
 
 The environment is set before jax is imported. All workers, and all runs, share one compilation cache on disk.
 """

@@ -122,11 +122,11 @@ def words(annotation: Any, several: bool = False) -> str:
     origin, arguments = typing.get_origin(only), typing.get_args(only)
     lists = "lists" if several else "a list"
     if origin is typing.Literal:
-        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin is tuple and Ellipsis not in arguments:
         return f"{lists} of {len(arguments)}: {', '.join(map(words, arguments))}"
     if origin in (tuple, list, Sequence):
-        return f"{lists} of {words(next(iter(arguments)), several=True)}"
+        return f"{lists} of {words(arguments[0], several=True)}"
     if origin is dict:
         return f"a mapping of {words(arguments[0])} to {words(arguments[1])}"
     return ("mappings" if several else "a mapping") if is_section(only) else str(only)

@@ -1,6 +1,7 @@
 """`jaxft env`: versions, devices, memory, and what this machine can run. Paste it into a bug report."""
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxft
+from jaxft.models import attention_choice
+from jaxft.models.attention_choice import Case
 
 _PACKAGES = (
     "jax",
@@ -55,7 +58,13 @@ def command(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, dict[str, Any]]:
     """Facts by topic."""
-    return {"versions": versions(), "machine": machine(), "devices": devices(), "extras": extras()}
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "devices": devices(),
+        "what runs here": runs(),
+        "extras": extras(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -83,6 +92,33 @@ def devices() -> dict[str, str]:
         limit = f", {gibibytes(stats['bytes_limit'])}" if "bytes_limit" in stats else ""
         facts[f"device {device.id}"] = f"{device.device_kind}{limit}"
     return facts
+
+
+def runs() -> dict[str, str]:
+    """What the first device runs: number formats, and the attention kernel that training would choose in each."""
+    device = jax.local_devices()[0]
+    capability = compute_capability(device)
+    case = Case(
+        device.platform, "", batch=1, queries=2048, keys=2048, heads=32, kv_heads=8, head_dim=128, segments=True
+    )
+    case = dataclasses.replace(case, capability=capability)
+    facts = {}
+    for dtype in ("bfloat16", "float16", "float32"):
+        choice = attention_choice.choose(dataclasses.replace(case, dtype=dtype))
+        facts[dtype] = f"attention by {choice.backend}: {choice.reason}"
+    if device.platform == "cpu":
+        facts["bfloat16"] += "; a CPU emulates it, slowly: train in float32"
+    if capability and capability < (8, 0):
+        facts["bfloat16"] += f"; compute capability {capability[0]}.{capability[1]} has no bfloat16 units"
+    return facts
+
+
+def compute_capability(device: Any) -> tuple[int, int] | None:
+    """CUDA compute capability; None where there is none."""
+    if device.platform != "gpu":
+        return None
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(device.compute_capability))
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def extras() -> dict[str, str]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from jaxft.border.errors import ConfigError
 
 PACKAGE = str(Path(__file__).resolve().parent.parent)
-_FOR_PEOPLE = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 
 
 @dataclass
@@ -49,8 +48,8 @@ def told(verb: str, traceback: bool) -> Iterator[Outcome]:
 
 def for_people(error: Exception) -> bool:
     """Whether an error is a message to the user: raised by jaxft's own code, or an OSError such as a missing file."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or type(error).__module__.startswith("jaxft."):
         return True
     frames = traceback_.extract_tb(error.__traceback__)
     raised_here = bool(frames) and frames[-1].filename.startswith(PACKAGE)
-    return raised_here and isinstance(error, _FOR_PEOPLE)
+    return raised_here and isinstance(error, ValueError | RuntimeError | FloatingPointError | ImportError)

@@ -1,0 +1,84 @@
+"""The folder of a run: made, resumed, or refused; never overwritten.
+
+It holds `config.yaml` (the whole resolved config), the metrics, checkpoints and samples.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxft import config as config_
+from jaxft.border import check
+from jaxft.border.errors import ConfigError
+from jaxft.config import RunConfig
+
+CONFIG = "config.yaml"
+# what may differ when a run goes on: where it lies, how long it is, what it shows and keeps, and the machines it is on
+MAY_CHANGE = ("run_dir", "resume", "train.steps", "train.epochs", "mesh", "eval", "generate", "checkpoint", "log")
+
+
+def claim(config: RunConfig) -> tuple[Path, bool]:
+    """The run's folder with the config written into it, and whether a run that stood there goes on. Raises ConfigError.
+
+    A folder that has anything in it is refused unless `resume` is set and it holds a run of the same config, but for
+    what may change; then the earlier config is kept as config.1.yaml, config.2.yaml, ...
+    """
+    if config.run_dir is None:
+        raise ConfigError("`run_dir` must be given: run_dir=runs/NAME")
+    folder = Path(config.run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`run_dir`: {folder} is a file")
+    resumed = folder.exists() and any(folder.iterdir())
+    if resumed:
+        _refuse_other(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, config_.dump(config))
+    return folder, resumed
+
+
+def _refuse_other(folder: Path, config: RunConfig) -> None:
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"`run_dir`: {folder} is not empty and holds no run; choose another folder, or empty it")
+    if not config.resume:
+        raise ConfigError(
+            f"`run_dir`: {folder} holds a run; go on with it (--resume, or resume=true) or choose another run_dir"
+        )
+    changed = changes(config_.load(folder / CONFIG), config)
+    if changed:
+        lines = "\n".join(
+            f"  {key}: {check.show(old)} there, {check.show(new)} now" for key, (old, new) in changed.items()
+        )
+        raise ConfigError(
+            f"`run_dir`: the run in {folder} cannot go on with another config; these keys differ:\n{lines}\n"
+            "Set them back, or choose another run_dir to start afresh."
+        )
+
+
+def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, other than those that may: key -> (old, new)."""
+    before, after = _flat(check.plain(old)), _flat(check.plain(new))
+    keys = [key for key in {**before, **after} if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    return {
+        key: item
+        for name, value in values.items()
+        for key, item in _flat(value, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
+def _write(folder: Path, text: str) -> None:
+    """Writes config.yaml at once or not at all; a different earlier one is kept under a number."""
+    target = folder / CONFIG
+    if target.exists():
+        if target.read_text(encoding="utf-8") == text:
+            return
+        number = 1 + len(list(folder.glob("config.*.yaml")))
+        target.rename(folder / f"config.{number}.yaml")
+    partial = folder / f"{CONFIG}.partial"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, target)

@@ -1,0 +1,89 @@
+"""The command line as a user meets it: output, messages and exit codes."""
+
+import json
+
+import pytest
+
+from jaxft import cli, recipes
+from jaxft.cli import failures, keys
+
+
+def jaxft(capsys, *words):
+    """(exit code, stdout, stderr) of one command."""
+    try:
+        code = cli.main(words)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_overview_names_every_verb(capsys):
+    code, out, _ = jaxft(capsys, "--help")
+    assert code == 0 and all(f"  {verb} " in out for verb in cli.VERBS)
+    assert jaxft(capsys)[0] == 2
+
+
+def test_version(capsys):
+    assert jaxft(capsys, "--version")[1].startswith("jaxft 0.")
+
+
+def test_unknown_verb(capsys):
+    code, _, err = jaxft(capsys, "recipe")
+    assert code == 2 and "no verb 'recipe'; did you mean recipes?" in err
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(capsys, verb):
+    code, out, _ = jaxft(capsys, verb, "--help")
+    assert code == 0 and f"usage: jaxft {verb}" in out and "--traceback" in out
+
+
+def test_schema(capsys, tmp_path):
+    code, out, _ = jaxft(capsys, "schema")
+    assert code == 0 and json.loads(out)["additionalProperties"] is False
+    code, out, _ = jaxft(capsys, "schema", str(tmp_path / "s.json"))
+    assert code == 0 and "yaml-language-server" in out and json.loads((tmp_path / "s.json").read_text())
+
+
+def test_env(capsys):
+    code, out, _ = jaxft(capsys, "env")
+    assert code == 0 and "jaxlib" in out and "backend" in out
+    facts = json.loads(jaxft(capsys, "env", "--json")[1])
+    assert facts["devices"]["devices"] == "8" and facts["versions"]["jax"] and "plan" in facts["extras"]
+
+
+def test_recipes(capsys):
+    code, out, _ = jaxft(capsys, "recipes")
+    assert code == 0 and recipes.every() and all(recipe.name in out for recipe in recipes.every())
+    name = recipes.every()[0].name
+    assert jaxft(capsys, "recipes", name)[1] == recipes.find(name).read_text()
+    code, _, err = jaxft(capsys, "recipes", "nope")
+    assert code == 2 and "no shipped recipe of that name" in err
+
+
+def test_help_lists_every_key(capsys):
+    keys.show()
+    out = capsys.readouterr().out
+    assert all(key in out for key in ("optim.lr", "peft.rank", "peft.method", "objective.loss", "run_dir", "resume"))
+    assert "Rank r of the update." in out and "an integer" in out
+
+
+def test_a_message_for_people_has_no_traceback(capsys):
+    code, _, err = jaxft(capsys, "recipes", "nope", "--traceback")
+    assert code == 2 and "Traceback" in err
+    code, _, err = jaxft(capsys, "recipes", "nope")
+    assert code == 2 and err.startswith("jaxft recipes: error: ") and "Traceback" not in err
+
+
+def test_exit_codes(capsys):
+    def outcome(error):
+        with failures.told("train", traceback=False) as outcome:
+            raise error
+        return outcome.code, capsys.readouterr().err
+
+    code, err = outcome(FileNotFoundError(2, "No such file or directory", "rows.jsonl"))
+    assert code == 1 and "Traceback" not in err and "rows.jsonl" in err
+    code, err = outcome(ValueError("raised outside jaxft: a bug"))
+    assert code == 1 and "Traceback" in err
+    assert outcome(KeyboardInterrupt())[0] == 130

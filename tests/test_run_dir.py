@@ -1,0 +1,57 @@
+"""A run's folder is made, resumed or refused; never overwritten."""
+
+import pytest
+
+from jaxft import config, run_dir
+from jaxft.border.errors import ConfigError
+
+
+def made(folder, *overrides):
+    return config.load(None, [f"run_dir={folder}", *overrides])
+
+
+def test_a_new_folder_holds_the_resolved_config(tmp_path):
+    wanted = made(tmp_path / "a" / "b", "optim.lr=3e-5")
+    folder, resumed = run_dir.claim(wanted)
+    assert folder == tmp_path / "a" / "b" and not resumed
+    assert config.load(folder / "config.yaml") == wanted
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    assert run_dir.claim(made(tmp_path)) == (tmp_path, False)
+
+
+def test_a_run_is_refused_without_resume_and_left_alone(tmp_path):
+    run_dir.claim(made(tmp_path, "optim.lr=1e-4"))
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="holds a run; go on with it"):
+        run_dir.claim(made(tmp_path, "optim.lr=2e-4"))
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_resume_goes_on_with_the_same_config(tmp_path):
+    run_dir.claim(made(tmp_path))
+    assert run_dir.claim(made(tmp_path, "resume=true")) == (tmp_path, True)
+    assert run_dir.claim(made(tmp_path / "new", "resume=true")) == (tmp_path / "new", False)
+
+
+def test_resume_with_another_config_is_refused_by_key(tmp_path):
+    run_dir.claim(made(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        run_dir.claim(made(tmp_path, "resume=true", "optim.lr=2e-4", "peft.rank=4"))
+    assert "peft.rank: 16 there, 4 now" in str(caught.value) and "optim.lr: null there, 0.0002 now" in str(caught.value)
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+def test_a_folder_of_something_else_is_refused(tmp_path, resume):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run_dir.claim(made(tmp_path, f"resume={resume}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        run_dir.claim(made(tmp_path / "run"))
