@@ -45,6 +45,9 @@ class Execution:
     """Device mesh with axes (data, fsdp, tensor); None: one device."""
 
 
+DEFAULT = Execution()
+
+
 def forward(
     config: ModelConfig,
     params: tree.Params,
@@ -54,7 +57,7 @@ def forward(
     cache: Cache | None = None,
     capture: tuple[str, ...] = (),
     *,
-    execution: Execution = Execution(),
+    execution: Execution = DEFAULT,
     noise_BTD: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
     """Token ids int32[B, T] to the hidden states after the final norm, [B, T, D].
@@ -73,6 +76,7 @@ def forward(
     x_BTD = embed(config, params, tokens_BT, positions_BT)
     if noise_BTD is not None:
         x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
+    x_BTD = _rows(execution, x_BTD)
     context = _Context(config, execution, positions_BT, segments_BT, cache)
     x_BTD, cache, outputs = _layers(context, params["layers"], x_BTD, bool(capture))
     captured = {"layers": outputs} if capture else {}
@@ -87,6 +91,14 @@ def embed(config: ModelConfig, params: tree.Params, tokens_BT: jax.Array, positi
     if config.learned_positions:
         x_BTD = x_BTD + verbs.take(params["embed"]["positions"], positions_BT)
     return x_BTD
+
+
+def _rows(execution: Execution, x_BTD: jax.Array) -> jax.Array:
+    """Keeps activations sharded by rows over the data axes, so that the compiler gathers weights and not them."""
+    if execution.mesh is None:
+        return x_BTD
+    spec = jax.sharding.PartitionSpec(("data", "fsdp"))
+    return jax.lax.with_sharding_constraint(x_BTD, jax.sharding.NamedSharding(execution.mesh, spec))
 
 
 class _Context:
@@ -172,7 +184,9 @@ def _layer(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cac
         return x_BTD + a_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD))), cached
     x_BTD = checkpoint_name(x_BTD + a_BTD, "mid")
     with jax.named_scope("mlp"):
-        return x_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD))), cached
+        return _rows(
+            context.execution, x_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD)))
+        ), cached
 
 
 def _attend(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cached: Cache | None, i: Any):
@@ -195,13 +209,12 @@ def _attend(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, ca
         k_positions_BS=context.k_positions_BS,
         q_segments_BT=context.segments_BT,
         k_segments_BS=context.k_segments_BS,
-        scale=config.head_dim**-0.5 if config.attn_scale is None else config.attn_scale,
+        scale=kind.score_scale * (config.head_dim**-0.5 if config.attn_scale is None else config.attn_scale),
         window=kind.window,
         softcap=config.attn_softcap,
         backend=context.execution.backend,
+        mesh=context.execution.mesh,
     )
-    # Named for the XLA path; the fused kernels' outputs are recognised by their primitive instead.
-    o_BTNH = checkpoint_name(o_BTNH, "attn")
     return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ p["o"], cached
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.core import tree, verbs
 from jaxft.core.names import Names
@@ -80,7 +81,9 @@ class LoRAWeight(Weight):
     def _delta(self, x: jax.Array) -> jax.Array:
         """``scale * (x @ a) @ b`` in the dtype of x; the scale is applied at rank width, where it is cheap."""
         scale = self.scale[..., None, None].astype(x.dtype) if self.scale.ndim else self.scale.astype(x.dtype)
-        return ((x @ self.a.astype(x.dtype)) * scale) @ self.b.astype(x.dtype)
+        # Named so that rematerialisation can keep it: at rank width it costs little.
+        z = checkpoint_name(x @ self.a.astype(x.dtype), "adapter")
+        return (z * scale) @ self.b.astype(x.dtype)
 
     def __rmatmul__(self, x):
         dropped = x

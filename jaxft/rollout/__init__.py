@@ -1,0 +1,1 @@
+"""Sampling and scoring: on-policy data is just another batch source."""

@@ -1,0 +1,84 @@
+"""Scores: what a model says about a batch. The one function through which training sees a model.
+
+``score(view, params, batch, key)`` runs the decoder and the chunked head and returns per-token values aligned with the
+tokens: ``logp[b, t]`` is the log-probability of ``tokens[b, t]`` given what precedes it in its document, 0 for a
+document's first token and for padding.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.core import tree
+from jaxft.models import decoder, heads
+from jaxft.models.config import ModelConfig
+from jaxft.models.decoder import Execution
+from jaxft.objectives.terms import Batch
+
+Score = Callable[..., dict[str, jax.Array]]
+
+
+def make_score(
+    config: ModelConfig,
+    needs: tuple[str, ...] = ("logp",),
+    *,
+    dtype: Any,
+    execution: Execution = decoder.DEFAULT,
+    neftune_alpha: float = 0.0,
+) -> Score:
+    """Builds ``score(view, params, batch, key=None) -> {need: float32[B, T]}``.
+
+    ``batch`` has tokens and may have positions and segments (without segments: one right-padded document per row).
+    ``dtype`` is that of the computation. ``key=None`` is evaluation: no dropout, no noise. ``neftune_alpha`` adds
+    uniform noise of magnitude alpha / sqrt(length * D) to the embeddings while training: Jain et al. 2023, alg. 1
+    (arXiv:2310.05914).
+    """
+
+    def score(view: str, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> dict[str, jax.Array]:
+        del view  # every view of one model is scored alike
+        tokens_BT, segments_BT = batch["tokens"], batch.get("segments")
+        mine = None if key is None else jax.random.fold_in(key, zlib.crc32(b"dropout"))
+        params = tree.cast(tree.dropout_keys(params, mine), dtype)
+        noise_BTD = None
+        if key is not None and neftune_alpha > 0.0:
+            noise_BTD = _neftune(key, neftune_alpha, tokens_BT.shape, segments_BT, config.hidden_size)
+        hidden_BTD, _, _ = decoder.forward(
+            config,
+            params,
+            tokens_BT,
+            batch.get("positions"),
+            segments_BT,
+            execution=execution,
+            noise_BTD=noise_BTD,
+        )
+        labels_BT = jnp.roll(tokens_BT, -1, axis=1)
+        out = heads.token_scores(config, heads.head_of(config, params), hidden_BTD, labels_BT, needs)
+        follows_BT = follows(tokens_BT, segments_BT)
+        return {name: jnp.where(follows_BT, jnp.roll(value, 1, axis=1), 0.0) for name, value in out.items()}
+
+    return score
+
+
+def follows(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """bool[B, T]: whether a token has a predecessor in its own document."""
+    first_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]) == 0, tokens_BT.shape)
+    if segments_BT is None:
+        return ~first_BT
+    return (segments_BT == jnp.roll(segments_BT, 1, axis=1)) & (segments_BT > 0) & ~first_BT
+
+
+def _neftune(
+    key: jax.Array, alpha: float, shape: tuple[int, ...], segments_BT: jax.Array | None, width: int
+) -> jax.Array:
+    """Uniform noise [B, T, D] whose magnitude falls with the length of the token's own document."""
+    batch, length = shape
+    lengths_BT = jnp.full(shape, length, jnp.float32)
+    if segments_BT is not None:
+        count = jax.vmap(lambda s: jnp.bincount(s, length=length + 1))(segments_BT)
+        lengths_BT = jnp.take_along_axis(count, segments_BT, axis=1).astype(jnp.float32)
+    magnitude_BT1 = (alpha / jnp.sqrt(jnp.maximum(lengths_BT, 1.0) * width))[..., None]
+    noise_key = jax.random.fold_in(key, zlib.crc32(b"neftune"))
+    return jax.random.uniform(noise_key, (batch, length, width), minval=-1.0, maxval=1.0) * magnitude_BT1
