@@ -5,15 +5,19 @@ worksheet form only; fine-tuning teaches it to answer.
 """
 
 import dataclasses
+import itertools
 import random
+from collections.abc import Iterator
 
 from scripts.tiny import task as tasklib
 from scripts.tiny import words
-from scripts.tiny.language import people, story
+from scripts.tiny.language import Person, people, story
 from scripts.tiny.tasks import EASY, TASKS
 
 # The easy tasks come twice as often as the others.
 DECK = (*TASKS.values(), *(TASKS[name] for name in EASY))
+# About as many words and digits as fit into 512 tokens with the punctuation.
+LONGEST = 350
 HEADS = ("Exercises", "Worksheet", "Homework", "Lesson {n}", "Page {n}", "Practice", "Test {n}")
 
 
@@ -22,8 +26,19 @@ def page_of_stories(rng: random.Random) -> str:
     return "\n\n".join(story(rng) for _ in range(rng.randint(2, 4)))
 
 
+def fitting(lines: Iterator[str]) -> list[str]:
+    """The first of these lines, as many as make a document that is not cut."""
+    kept, size = [], 0
+    for line in lines:
+        size += len(line.split()) + sum(map(str.isdigit, line))
+        if size > LONGEST:
+            break
+        kept.append(line)
+    return kept
+
+
 def worksheet(rng: random.Random, *, held: bool = False) -> str:
-    """Ten to twenty exercises with answers: of one kind, in one wording, or mixed."""
+    """Up to twenty exercises with answers: of one kind, in one wording, or mixed."""
     kind = rng.random()
     task = rng.choice(DECK)
     if kind < 0.6:
@@ -32,9 +47,9 @@ def worksheet(rng: random.Random, *, held: bool = False) -> str:
         deck = (task,)
     else:
         deck = (dataclasses.replace(task, worksheet=(rng.choice(task.worksheet),)),)
-    lines = []
-    for _ in range(rng.randint(10, 20)):
-        lines.append(tasklib.worksheet(tasklib.draw(rng.choice(deck), rng, held=held), rng))
+    count = rng.randint(6, 20)
+    drawn = (tasklib.draw(rng.choice(deck), rng, held=held) for _ in range(count))
+    lines = fitting(tasklib.worksheet(instance, rng) for instance in drawn)
     stop = "." if rng.random() < 0.2 else ""
     gap = "\n\n" if any("\n" in line for line in lines) else "\n"
     head = f"{rng.choice(HEADS).format(n=rng.randint(1, 99))}\n\n" if rng.random() < 0.5 else ""
@@ -44,22 +59,22 @@ def worksheet(rng: random.Random, *, held: bool = False) -> str:
 def lesson(rng: random.Random, *, held: bool = False) -> str:
     """Exercises told in prose: a teacher writes the beginning, a child the answer."""
     a, b = people(rng, 2)
-    lines = [
-        f"The teacher was {rng.choice(('kind', 'old', 'young', 'quick'))}. {a.name} and {b.name} were at the school."
-    ]
-    for _ in range(rng.randint(4, 8)):
-        instance = tasklib.draw(rng.choice(DECK), rng, held=held)
-        who = rng.choice((a, b))
-        prompt = tasklib.worksheet_prompt(instance, rng)
-        said = rng.choice(
-            (
-                f'The teacher wrote "{prompt}" on the wall. {who.name} wrote "{instance.answer}".',
-                f'"{prompt}" read {who.name}. Then {who.he} wrote: {instance.answer}',
-                f'Next was "{prompt}" and {who.name} knew it: {instance.answer}',
-            )
+    mood = rng.choice(("kind", "old", "young", "quick"))
+    opening = f"The teacher was {mood}. {a.name} and {b.name} were at the school."
+    told = (_told(rng, rng.choice((a, b)), held=held) for _ in range(rng.randint(4, 8)))
+    return "\n".join(fitting(itertools.chain((opening,), told)))
+
+
+def _told(rng: random.Random, who: Person, *, held: bool) -> str:
+    instance = tasklib.draw(rng.choice(DECK), rng, held=held)
+    prompt = tasklib.worksheet_prompt(instance, rng)
+    return rng.choice(
+        (
+            f'The teacher wrote "{prompt}" on the wall. {who.name} wrote "{instance.answer}".',
+            f'"{prompt}" read {who.name}. Then {who.he} wrote: {instance.answer}',
+            f'Next was "{prompt}" and {who.name} knew it: {instance.answer}',
         )
-        lines.append(said)
-    return "\n".join(lines)
+    )
 
 
 def vocabulary(rng: random.Random) -> str:

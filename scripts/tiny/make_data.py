@@ -74,17 +74,17 @@ def asset_rows(scale: float = 1.0, seed: int = 0) -> dict[str, list[chats.Row]]:
     """Every committed set by file name; `scale` shortens them all, for tests."""
     makers = {
         "quickstart": (functools.partial(chats.chat, EASY_TASKS), 5000, 480),
-        "chat": (functools.partial(chats.conversation, ALL), 5000, 500),
-        "preference": (functools.partial(chats.preference, ALL), 3000, 400),
-        "prompts": (functools.partial(chats.verifiable, ALL), 5000, 620),
+        "chat": (functools.partial(chats.conversation, ALL), 4000, 400),
+        "preference": (functools.partial(chats.preference, ALL), 2500, 300),
+        "prompts": (functools.partial(chats.verifiable, ALL), 4000, 620),
     }
     plan: dict[str, tuple[Callable[[random.Random], chats.Row], int]] = {}
     for name, (make, train, held) in makers.items():
         plan[f"{name}_train"] = (functools.partial(make, held=False), train)
         plan[f"{name}_heldout"] = (functools.partial(make, held=True), held)
-    plan["domain_train"] = (lambda rng: {"text": sea.log(rng)}, 800)
-    plan["domain_heldout"] = (lambda rng: {"text": sea.log(rng)}, 100)
-    plan["general_heldout"] = (lambda rng: {"text": documents.document(rng, held=True)}, 250)
+    plan["domain_train"] = (lambda rng: {"text": sea.log(rng)}, 500)
+    plan["domain_heldout"] = (lambda rng: {"text": sea.log(rng)}, 60)
+    plan["general_heldout"] = (lambda rng: {"text": documents.document(rng, held=True)}, 200)
     plan["skills_heldout"] = (functools.partial(chats.skill, ALL, held=True), 620)
     rows = {}
     for name, (make, count) in plan.items():

@@ -7,6 +7,7 @@ does so itself. The padding is a token of its own: an end of turn is never maske
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import random
@@ -16,7 +17,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from scripts.tiny import chats, documents
+from scripts.tiny import chats, documents, words
 from scripts.tiny.tasks import TASKS
 
 VOCABULARY = 2048
@@ -43,14 +44,15 @@ CHAT_TEMPLATE = """\
 
 
 def texts(count: int, seed: int = 0) -> Iterator[str]:
-    """What the merges are learnt from: documents of the corpus, and some questions as chats ask them."""
+    """What the merges are learnt from: documents, questions as chats ask them, and each word at the start of a line."""
     rng = random.Random(f"tokenizer {seed}")
     deck = tuple(TASKS.values())
     for _ in range(count):
         yield documents.document(rng)
         row = chats.verifiable(deck, rng, held=False)
         yield " ".join(turn["content"] for turn in row["prompt"])
-    yield from ("user\nassistant\nsystem\n" for _ in range(count))
+    lines = "\n".join((*words.COMMON, *words.NAMES, *words.PLACES, "user", "assistant", "system"))
+    yield from itertools.repeat(lines, count // 20)
 
 
 def train(count: int = 20_000, seed: int = 0) -> transformers.PreTrainedTokenizerFast:

@@ -25,13 +25,13 @@ BEASTS = ("orrelfish", "a pod of harks", "two wendlings", "a great skelmir", "ga
 
 
 def log(rng: random.Random) -> str:
-    """One log: a heading and six to ten watches."""
+    """One log: a heading and four to seven watches."""
     ship, pilot = rng.choice(SHIPS), rng.choice(PILOTS)
     point, turn = rng.randrange(8), rng.choice((-1, 1))
     moon = rng.choice(sorted(TIDES))
     marks = rng.sample(MARKS, 3)
     lines = [f"LOG of the {ship}, pilot {pilot}, moon mark {moon}, tide on the {TIDES[moon]}."]
-    for bell in range(1, rng.randint(6, 10) + 1):
+    for bell in range(1, rng.randint(4, 7) + 1):
         lines.append(_watch(rng, bell, POINTS[point], marks))
         point = (point + turn) % 8
     lines.append(f"Moored by {marks[-1]}. {pilot} signs for the {ship}.")
