@@ -60,7 +60,9 @@ def _recipe(path: Path) -> Recipe:
         if found := re.match(r"(command|hardware|time|score): *(.*)", line, re.IGNORECASE):
             last = found[1].lower()
             facts[last] = found[2]
-        elif last and line:
-            facts[last] += f" {line}".rstrip("\\")
+        elif not line:
+            last = ""
+        elif last:
+            facts[last] += f" {line}"
     name = path.relative_to(folder()).with_suffix("").as_posix()
     return Recipe(name, path, lines[0] if lines else "", facts)

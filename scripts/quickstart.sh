@@ -28,7 +28,7 @@ fi
 
 stamp=.venv/.jaxft-$(.venv/bin/python -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest()[:12])')
 if [ ! -e "$stamp" ]; then
-  echo "[2/3] Installing jaxft and what it needs (a few hundred megabytes; a minute or two)"
+  echo "[2/3] Installing jaxft and what it needs (1.2 GB on disk; a few minutes the first time)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
   touch "$stamp"
 else

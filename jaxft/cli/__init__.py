@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in VERBS:
         near = difflib.get_close_matches(words[0], VERBS, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        meant = f"; did you mean {near[0]}?" if near else "."
         print(f"jaxft: no verb {words[0]!r}{meant} The verbs: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     return _run(words[0], words[1:])
