@@ -1,0 +1,67 @@
+"""The `data` section: where the rows are, how they become tokens, which tokens are learnt, how rows are packed."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training data and its held-out part."""
+
+    path: str | tuple[str, ...] = ""
+    """A .jsonl, .json, .csv or .parquet file, a glob, a directory of such files, a directory written by
+    `datasets.save_to_disk`, or a hub name such as `trl-lib/Capybara`; or several of these, read one after the other."""
+    subset: str | None = None
+    """The configuration of a hub data set that has several (`main` in `openai/gsm8k`)."""
+    split: str = "train"
+    """The split to train on, where the source has splits."""
+    limit: int | None = None
+    """Use only the first so many rows; None uses all."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Rename columns before the format is recognised: `{question: prompt, answer: completion}`."""
+    format: Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"] = "auto"
+    """How rows are written; `auto` recognises it from the first good row, in the order of this list."""
+    on_error: Literal["refuse", "skip"] = "refuse"
+    """A bad row (malformed, missing field, empty completion, roles out of order) stops the run, or is skipped and
+    counted."""
+
+    template: str = "tokenizer"
+    """Chat template: `tokenizer` (its own), one shipped here (`chatml`, `llama`, `gemma`, `alpaca`, `plain`), or a
+    .jinja file."""
+    template_options: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """Variables passed to the chat template, such as `{enable_thinking: false}`."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are learnt: every assistant turn (and every completion), the last one only, or all tokens. A
+    `train: true` or `train: false` on a message overrides it for that message. Plain text is always learnt whole."""
+
+    max_length: int = 2048
+    """Tokens in a row, and the longest example kept whole."""
+    length_multiple: int = 1
+    """Rows are padded up to a multiple of this many tokens (the block of an attention kernel); no example is longer
+    than `max_length`."""
+    overlong: Literal["truncate", "split", "drop"] = "truncate"
+    """An example longer than `max_length` keeps its start, is cut into several pieces, or is left out. Counted in the
+    report. Not used by `packing: wrapped`, which cuts everything at row ends."""
+    packing: Literal["best_fit", "wrapped", "none"] = "best_fit"
+    """`best_fit`: several examples in a row, each blind to the others. `wrapped`: all tokens in one stream chopped into
+    full rows, documents seeing what came before them in the row (pretraining style). `none`: one example in a row."""
+
+    shuffle: bool = True
+    """A new order every epoch, from `seed` and the epoch's number; otherwise the order of the file."""
+    seed: int = 0
+    """Of the order of examples. The held-out part does not depend on it."""
+    workers: int = 0
+    """Processes that tokenise; 0 tokenises in this process (the tokenizer itself uses every core). Batches never depend
+    on it."""
+    prefetch: int = 2
+    """Batches made ahead of the training step."""
+
+    eval_path: str | tuple[str, ...] | None = None
+    """Held-out data in a source of its own, read like `path`."""
+    eval_split: str | None = None
+    """Held-out data in another split of `path` (or of `eval_path`)."""
+    eval_fraction: float = 0.0
+    """Share of the rows held out of `path`, chosen by their content: independent of seed and row order; copies of a row
+    stay together."""
+    eval_examples: int = 0
+    """Number of rows held out of `path`, instead of a share."""

@@ -1,0 +1,137 @@
+"""Batches by number: batch `i` is a pure function of (examples, settings, i), made ahead of time by grain.
+
+So the cursor of a run is one integer. Restoring is exact and immediate, and neither the workers that tokenised nor the
+batches made ahead matter to it. The last batch of an epoch is filled up with empty rows, in training and evaluation
+alike: nothing is lost, and an empty row has no weight in a loss that counts tokens.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxft.data import pack
+from jaxft.data import report as report_
+from jaxft.data.config import DataConfig
+from jaxft.data.errors import DataError
+from jaxft.data.examples import Examples
+
+Batch = dict[str, np.ndarray]
+FOREVER = 2**60
+
+
+class Loader:
+    """An iterator over batches `[batch_rows, T]`: `tokens`, `positions`, `loss_mask`, and `segments` if packed."""
+
+    def __init__(self, examples: Examples, config: DataConfig, *, batch_rows: int, epochs: int | None = None):
+        """`epochs` None goes on for ever."""
+        self.examples, self.config, self.batch_rows, self.epochs = examples, config, batch_rows, epochs
+        self.length = -(-config.max_length // config.length_multiple) * config.length_multiple
+        longest = 2**62 if config.packing == "wrapped" else config.max_length
+        found = pack.pieces(examples, longest, config.overlong)
+        if not len(found):
+            got, remedy = (
+                "no example with anything to learn",
+                "See the report: raise data.max_length or set data.overlong.",
+            )
+            raise DataError("", "data", got, "at least one", remedy)
+        self.plan = pack.plan(found, self.length, config.packing)
+        self.batches_per_epoch = -(-len(self.plan) // batch_rows)
+        self.total_batches = None if epochs is None else epochs * self.batches_per_epoch
+        self._consumed = 0
+        self._ahead: Iterator[Batch] | None = None
+        self._rows = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._ahead is None:
+            self._ahead = self._start()
+        batch = next(self._ahead)
+        self._consumed += 1
+        return batch
+
+    @property
+    def epoch(self) -> float:
+        """Epochs consumed so far."""
+        return self._consumed / self.batches_per_epoch
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number`, counted from the start of the first epoch."""
+        turn, index = divmod(int(number), self.batches_per_epoch)
+        rows = self._rows(turn)
+        first = index * self.batch_rows
+        return assemble(self.examples, rows, first, self.batch_rows, self.length, self.config.packing == "best_fit")
+
+    def state(self) -> dict[str, Any]:
+        """The cursor behind the last consumed batch, and what it belongs to; JSON."""
+        return {"consumed": self._consumed, **self._identity()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on right after the batch at which `state()` was taken; refuses the cursor of other data or settings."""
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                got = f"{state.get(name)!r} in the checkpoint and {mine!r} now"
+                expected = "the same, else batches would be repeated or left out"
+                remedy = "Resume with the data and settings of the run, or start a new run_dir."
+                raise DataError("", f"data cursor: {name}", got, expected, remedy)
+        self.seek(int(state["consumed"]))
+
+    def seek(self, consumed: int) -> None:
+        """Go on after `consumed` batches; 0 starts again."""
+        self._consumed, self._ahead = consumed, None
+
+    def report(self) -> "report_.Report":
+        """What became of the rows: lengths, what is learnt, what was cut or left out, how full the rows are."""
+        return report_.report(self.examples, self.plan)
+
+    def _start(self) -> Iterator[Batch]:
+        import grain
+
+        stop = FOREVER if self.total_batches is None else self.total_batches
+        # One thread keeps order and cost low: a batch is a few copies of memory.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.config.prefetch)
+        return iter(grain.MapDataset.range(self._consumed, stop).map(self.batch).to_iter_dataset(options))
+
+    def _rows_of_epoch(self, number: int) -> pack.Epoch:
+        return pack.epoch(self.plan, self.config.seed, number, self.config.shuffle)
+
+    def _identity(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "examples": self._digest,
+            "batch_rows": self.batch_rows,
+            "max_length": config.max_length,
+            "row_length": self.length,
+            "packing": config.packing,
+            "overlong": config.overlong,
+            "shuffle": config.shuffle,
+            "seed": config.seed,
+        }
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return self.examples.digest()
+
+
+def assemble(examples: Examples, rows: pack.Epoch, first: int, count: int, length: int, segmented: bool) -> Batch:
+    """Rows `first` to `first + count` as arrays, empty beyond the last; with `segmented`, pieces are documents."""
+    shape = (count, length)
+    tokens = np.full(shape, examples.pad_id, np.int32)
+    positions, segments, loss = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for row in range(min(count, len(rows.offsets) - 1 - first)):
+        at = 0
+        for number, i in enumerate(range(rows.offsets[first + row], rows.offsets[first + row + 1]), 1):
+            start, stop = int(rows.start[i]), int(rows.stop[i])
+            here = slice(at, at + stop - start)
+            tokens[row, here] = examples.tokens[start:stop]
+            loss[row, here] = examples.loss[start:stop]
+            if segmented or number == 1:
+                loss[row, at] = False
+            positions[row, here] = np.arange(stop - start) + (0 if segmented else at)
+            segments[row, here] = number
+            at += stop - start
+    batch = {"tokens": tokens, "positions": positions, "loss_mask": loss}
+    return batch | {"segments": segments} if segmented else batch

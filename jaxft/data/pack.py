@@ -1,0 +1,156 @@
+"""Which tokens share a row: best-fit-decreasing packing (Ding et al. 2024, arXiv:2404.10830), wrapped streams, or one a
+row.
+
+A plan is made once from the lengths alone. An epoch only permutes which of the equally long examples fill a slot and
+the order of the rows, so every epoch has the same number of rows and is known from (plan, seed, epoch) in one
+vectorised step. The best fit is found in an integer used as a set of bits, one for each amount of free space: a shift
+and a lowest set bit, instead of a tree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxft.data.examples import Examples
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Stretches `[start, stop)` of the token array, each within one example, and what making them cost."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    truncated: int = 0
+    cut_tokens: int = 0
+    split: int = 0
+    dropped_overlong: int = 0
+    dropped_unlearnt: int = 0
+    dropped_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Slots sorted by length, longest first: row `r` holds slots `slots[offsets[r] : offsets[r + 1]]`."""
+
+    pieces: Pieces
+    capacity: int
+    packing: str
+    slots: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Rows of one epoch: row `r` is the stretches `[start[i], stop[i])` for `i` in `offsets[r] : offsets[r + 1]`."""
+
+    start: np.ndarray
+    stop: np.ndarray
+    offsets: np.ndarray
+
+
+def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
+    """Cut examples to at most `max_length` tokens and leave out what has nothing to learn; everything is counted."""
+    start, stop = examples.offsets[:-1], examples.offsets[1:]
+    lengths = stop - start
+    long = lengths > max_length
+    counts = {"truncated": 0, "cut_tokens": 0, "split": 0, "dropped_overlong": 0, "dropped_tokens": 0}
+    if overlong == "truncate":
+        counts |= {"truncated": int(long.sum()), "cut_tokens": int((lengths - max_length)[long].sum())}
+        stop = np.minimum(stop, start + max_length)
+    elif overlong == "drop":
+        counts |= {"dropped_overlong": int(long.sum()), "dropped_tokens": int(lengths[long].sum())}
+        start, stop = start[~long], stop[~long]
+    else:
+        counts["split"] = int(long.sum())
+        number = -(-lengths // max_length)
+        first = np.repeat(np.cumsum(number) - number, number)
+        start = np.repeat(start, number) + (np.arange(number.sum()) - first) * max_length
+        stop = np.minimum(start + max_length, np.repeat(stop, number))
+    # The first token of a piece has no predecessor there, so it is never a target.
+    learnt = np.concatenate(([0], np.cumsum(examples.loss)))
+    keep = learnt[stop] > learnt[np.minimum(start + 1, stop)]
+    counts["dropped_tokens"] += int((stop - start)[~keep].sum())
+    return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()))
+
+
+def plan(found: Pieces, capacity: int, packing: str) -> Plan:
+    """Assign slots to rows of `capacity` tokens."""
+    lengths = np.sort(found.stop - found.start)[::-1]
+    if packing == "none":
+        return Plan(found, capacity, packing, np.arange(len(lengths)), np.arange(len(lengths) + 1))
+    if packing == "wrapped":
+        rows = -(-int(lengths.sum()) // capacity)
+        return Plan(found, capacity, packing, np.arange(0), np.zeros(rows + 1, np.int64))
+    row = best_fit(lengths.tolist(), capacity)
+    counts = np.bincount(row, minlength=int(row.max(initial=-1)) + 1)
+    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+    return Plan(found, capacity, packing, np.argsort(row, kind="stable"), offsets)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
+    """The row of each length (sorted, longest first): the fullest row that still has room, else a new one."""
+    free = 0  # bit s is set when some row has s tokens free
+    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
+    chosen = np.empty(len(lengths), np.int64)
+    count = 0
+    for i, length in enumerate(lengths):
+        fitting = free >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with[space].pop()
+            if not rows_with[space]:
+                free ^= 1 << space
+        else:
+            space, row = capacity, count
+            count += 1
+        chosen[i] = row
+        if space > length:
+            rows_with[space - length].append(row)
+            free |= 1 << (space - length)
+    return chosen
+
+
+def epoch(made: Plan, seed: int, number: int, shuffle: bool) -> Epoch:
+    """The rows of epoch `number`: a pure function of its arguments."""
+    found = made.pieces
+    keys = np.random.Philox(key=np.array([seed % 2**64, number], np.uint64))
+    order = shuffled(keys, len(found)) if shuffle else np.arange(len(found))
+    if made.packing == "wrapped":
+        return wrap(found.start[order], found.stop[order], made.capacity, len(made))
+    # Longest first, and equally long ones in shuffled order: slot i always has the i-th length.
+    if made.packing == "best_fit":
+        order = order[np.argsort(-(found.stop - found.start)[order], kind="stable")]
+    held = order[made.slots]
+    if shuffle:
+        rows = shuffled(keys, len(made))
+    else:
+        rows = np.argsort(np.minimum.reduceat(held, made.offsets[:-1]) if len(made) else held, kind="stable")
+    counts = np.diff(made.offsets)[rows]
+    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
+    where = np.repeat(made.offsets[:-1][rows] - offsets[:-1], counts) + np.arange(len(held))
+    held = held[where]
+    return Epoch(found.start[held], found.stop[held], offsets)
+
+
+def shuffled(keys: np.random.Philox, size: int) -> np.ndarray:
+    """A permutation from raw random bits, whose stream numpy promises never to change."""
+    return np.argsort(keys.random_raw(size), kind="stable")
+
+
+def wrap(start: np.ndarray, stop: np.ndarray, capacity: int, rows: int) -> Epoch:
+    """One stream of all stretches, chopped at every multiple of `capacity`."""
+    ends = np.cumsum(stop - start)
+    begins = ends - (stop - start)
+    cuts = np.arange(1, rows) * capacity
+    edges = np.union1d(np.concatenate(([0], ends)), cuts)
+    piece = np.searchsorted(ends, edges[:-1], side="right")
+    first = start[piece] + edges[:-1] - begins[piece]
+    offsets = np.searchsorted(edges, np.concatenate(([0], cuts, edges[-1:])))
+    return Epoch(first, first + np.diff(edges), offsets.astype(np.int64))

@@ -1,0 +1,92 @@
+"""Numbers about a data set: how long examples are, how much is learnt, what was cut or left out, how full rows are."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxft.data import pack
+from jaxft.data.examples import Examples, Reading
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counts of a data set as it goes into training; `lines` says them in words."""
+
+    reading: Reading
+    examples: int
+    tokens: int
+    learnt_tokens: int
+    """Targets: learnt tokens, without those that nothing precedes in a piece (in a row, when wrapped)."""
+    length_percentiles: dict[int, int]
+    truncated: int
+    cut_tokens: int
+    split: int
+    dropped_overlong: int
+    dropped_unlearnt: int
+    dropped_tokens: int
+    rows: int
+    row_length: int
+    packed_tokens: int
+    """Tokens that training sees: those of the examples, less what was cut or left out."""
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the positions of all rows that hold a token."""
+        return self.packed_tokens / (self.rows * self.row_length)
+
+    def lines(self) -> list[str]:
+        """The report in words; what was lost is always said."""
+        return [*self._facts(), *self._losses()]
+
+    def _facts(self) -> Iterator[str]:
+        percentiles = "  ".join(f"p{name} {value:,}" for name, value in self.length_percentiles.items())
+        yield f"{self.examples:,} examples of {self.reading.rows:,} rows read"
+        yield f"{self.tokens:,} tokens, {self.learnt_tokens:,} learnt ({self.learnt_tokens / max(self.tokens, 1):.1%})"
+        yield f"tokens an example: {percentiles}"
+        yield f"{self.rows:,} rows of {self.row_length:,} tokens, {self.efficiency:.1%} full"
+
+    def _losses(self) -> Iterator[str]:
+        read = self.reading
+        counts = (
+            (read.skipped, "bad rows skipped"),
+            (read.silent_rows, "rows without a message to learn left out"),
+            (read.extra_examples, "extra examples, for turns that the chat template shows differently later"),
+            (read.cut_boundaries, "texts tokenised in pieces, as the prompt comes alone at inference"),
+            (read.shared_boundaries, "learnt parts that begin inside a token, learnt whole"),
+            (self.split, "examples split, longer than a row"),
+            (self.dropped_overlong, "examples left out, longer than a row"),
+            (self.dropped_unlearnt, "examples or pieces left out, with nothing to learn in them"),
+        )
+        yield from (f"! {count:,} {words}" for count, words in counts if count)
+        if self.truncated:
+            lost = f"losing {self.cut_tokens:,} tokens (data.overlong=split keeps them)"
+            yield f"! {self.truncated:,} examples truncated, {lost}"
+        if self.dropped_tokens:
+            yield f"! {self.dropped_tokens:,} tokens left out with them"
+        yield from (f"  {error}" for error in read.errors)
+
+
+def report(examples: Examples, plan: pack.Plan) -> Report:
+    """The report of examples packed by a plan."""
+    found, lengths = plan.pieces, np.diff(examples.offsets)
+    learnt = np.concatenate(([0], np.cumsum(examples.loss)))
+    lost = len(plan) if plan.packing == "wrapped" else int(examples.loss[found.start].sum())
+    return Report(
+        reading=examples.reading,
+        examples=len(examples),
+        tokens=int(lengths.sum()),
+        learnt_tokens=int((learnt[found.stop] - learnt[found.start]).sum()) - lost,
+        length_percentiles={p: int(np.percentile(lengths, p, method="lower")) for p in PERCENTILES},
+        truncated=found.truncated,
+        cut_tokens=found.cut_tokens,
+        split=found.split,
+        dropped_overlong=found.dropped_overlong,
+        dropped_unlearnt=found.dropped_unlearnt,
+        dropped_tokens=found.dropped_tokens,
+        rows=len(plan),
+        row_length=plan.capacity,
+        packed_tokens=int((found.stop - found.start).sum()),
+    )
