@@ -114,7 +114,7 @@ def merge(params: Params) -> Params:
     def fold(path: str, w: Any) -> Any:
         if not isinstance(w, Weight):
             return w
-        w = _rebuild(w, lambda f, v: fold(path, v))
+        w = _rebuild(w, lambda f, v: fold(f"{path}/{f.name}", v))
         try:
             return w.merged() if w.adapter else w
         except weights.NotMergeable as error:
