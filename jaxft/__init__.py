@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from jaxft.core.tree import partition as partition
     from jaxft.core.tree import strip as strip
     from jaxft.core.tree import trainable_mask as trainable_mask
+    from jaxft.model import Model as Model
+    from jaxft.model import load as load
+    from jaxft.model import save_hf as save_hf
 
 # public name -> the module that holds it
 _NAMES = {
@@ -23,6 +26,9 @@ _NAMES = {
     "partition": "jaxft.core.tree",
     "strip": "jaxft.core.tree",
     "trainable_mask": "jaxft.core.tree",
+    "Model": "jaxft.model",
+    "load": "jaxft.model",
+    "save_hf": "jaxft.model",
 }
 _ROOMS = ("core", "peft", "models", "sharding", "checkpoint", "data", "objectives", "rollout", "training")
 

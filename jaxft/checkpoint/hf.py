@@ -1,0 +1,168 @@
+"""Hugging Face checkpoints in: a directory or hub id to (config, names, params, raw config).
+
+Everything is verified from the headers before a single weight is read, so nothing is ever half-loaded. What is not
+understood (a pickle, a quantised file, a tensor too many) is refused with the way out.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.checkpoint import hub, layout, reader, tensorfile
+from jaxft.checkpoint.errors import CheckpointError, some
+from jaxft.checkpoint.reader import Place
+from jaxft.checkpoint.tensorfile import Reader, Tensor
+from jaxft.core import tree
+from jaxft.core.names import Names
+from jaxft.models import families
+from jaxft.models.config import ModelConfig
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ("float32", "float16")} | {
+    "bfloat16": np.dtype(jnp.bfloat16)
+}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+CONVERT = (
+    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "d, o = '{0}', '{1}-safetensors'; M.from_pretrained(d, dtype='auto').save_pretrained(o); "
+    'T.from_pretrained(d).save_pretrained(o)"'
+)
+
+
+class Loaded(NamedTuple):
+    """A checkpoint in memory."""
+
+    config: ModelConfig
+    names: Names
+    params: tree.Params
+    raw: dict[str, Any]
+    """config.json as it was."""
+
+
+def load(
+    source: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    revision: str | None = None,
+    sharding: Place | None = None,
+) -> Loaded:
+    """Reads a model's directory or hub id.
+
+    ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``sharding(path, shape)`` says where a
+    leaf goes (paths as `core.tree.paths` lists them); None is the default device. Raises CheckpointError, or ValueError
+    for a config.json that is not understood."""
+    directory = hub.directory(source, revision)
+    raw = config_of(directory)
+    config, names = families.read(raw, str(directory / "config.json"))
+    entries = layout.entries(config, names)
+    tensors = layout.match(entries, tensors_of(directory), config.tie_embeddings, directory)
+    target = _dtype(dtype, raw, tensors[entries[0].tensors[0]])
+    leaves = {}
+    with Reader() as files:
+        if config.tie_embeddings:
+            _verify_tied(files, tensors, entries[0].tensors[0])
+        for entry in entries:
+            place = None if sharding is None else sharding(entry.path, entry.shape)
+            leaves[entry.path] = reader.read(files, entry, [tensors[name] for name in entry.tensors], target, place)
+    return Loaded(config, names, layout.assemble(names, leaves), raw)
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    """The parsed config.json of a causal language model that is not quantised."""
+    file = directory / "config.json"
+    if not file.exists():
+        if (directory / "adapter_config.json").exists():
+            remedy = "Load its base model, then jaxft.load_adapter(model, this directory)."
+            raise CheckpointError(directory, "an adapter", "a model", remedy)
+        for path in sorted(directory.glob("*.gguf")):
+            raise hub.gguf(path)
+        held = some(sorted(p.name for p in directory.iterdir())) or "nothing"
+        raise CheckpointError(directory, f"no config.json (it holds {held})", "a model's directory", "Check the path.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(file, f"text that is not JSON ({error})", "a JSON object", "Fetch it again.") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(file, f"a JSON {type(raw).__name__}", "a JSON object", "Fetch it again.")
+    if raw.get("quantization_config") is not None:
+        method = raw["quantization_config"].get("quant_method", "an unknown method")
+        remedy = "Load the original checkpoint it was made from; quantise that if memory asks for it."
+        raise CheckpointError(file, f"weights quantised with {method}", "float32, float16 or bfloat16 weights", remedy)
+    return raw
+
+
+def tensors_of(directory: Path) -> dict[str, Tensor]:
+    """Every tensor in the directory's safetensors files, by name. Raises CheckpointError if a file is absent, damaged
+    or not what the index says, or if there are only pickles."""
+    index = directory / INDEX
+    if not index.exists():
+        if (directory / SINGLE).exists():
+            return tensorfile.header(directory / SINGLE)
+        raise _no_weights(directory)
+    try:
+        where: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(index, f"an index without a weight map ({error})", "one", "Fetch it again.") from None
+    files = sorted(set(where.values()))
+    absent = [name for name in files if not (directory / name).exists()]
+    if absent:
+        remedy = "The download is not complete: fetch the missing files."
+        raise CheckpointError(index, f"no file {some(absent)}", f"all {len(files)} shards it names", remedy)
+    headers = {name: tensorfile.header(directory / name) for name in files}
+    astray = [name for name, file in where.items() if name not in headers[file]]
+    if astray:
+        got = f"no tensor {some(astray)} in {some(sorted({where[n] for n in astray}))}"
+        raise CheckpointError(index, got, "each tensor in the file that the index names", "Fetch the files again.")
+    return {name: tensor for tensors in headers.values() for name, tensor in tensors.items()}
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    """Why a directory without model.safetensors cannot be read, and what to do."""
+    expected = f"{SINGLE}, or {INDEX} with its shards"
+    pickles = sorted({path.name for pattern in PICKLES for path in directory.glob(pattern)})
+    if pickles:
+        remedy = (
+            "A pickle runs code when it is opened and cannot be read piece by piece. Convert it once, where torch is "
+            f"installed, and load the result: {CONVERT.format(directory, directory)}"
+        )
+        return CheckpointError(directory, f"only pickled weights ({some(pickles)})", expected, remedy)
+    for path in sorted(directory.glob("*.gguf")):
+        return hub.gguf(path)
+    held = some(sorted(p.name for p in directory.iterdir()))
+    remedy = "The download is not complete, or the hub repository has only pickled weights (*.bin): "
+    remedy += f"convert those, where torch is installed, with {CONVERT.format('ORG/NAME', 'NAME')}"
+    return CheckpointError(directory, f"no weights (it holds {held})", expected, remedy)
+
+
+def dtype_named(name: str) -> Any:
+    """The numpy dtype of float32, bfloat16 or float16. Raises ValueError for another name."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype: got {name!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _dtype(name: str, raw: dict[str, Any], embedding: Tensor) -> Any:
+    """The numpy dtype to load in; ``auto`` is config.json's, else the embedding's."""
+    if name == "auto":
+        name = raw.get("dtype") or raw.get("torch_dtype") or tensorfile.DTYPES[embedding.dtype].name
+        name = "float32" if name == "float64" else name
+    return dtype_named(name)
+
+
+def _verify_tied(files: Reader, tensors: dict[str, Tensor], embedding: str) -> None:
+    """Refuses a head that was saved although tied and is not the embedding."""
+    for name in layout.HEADS:
+        if name not in tensors:
+            continue
+        head, tokens = tensors[name], tensors[embedding]
+        same = head.shape == tokens.shape and head.dtype == tokens.dtype
+        step = max(1, tensorfile.CHUNK // max(1, tokens.nbytes // max(1, tokens.shape[0])))
+        for row in range(0, tokens.shape[0] if same else 0, step):
+            last = min(row + step, tokens.shape[0])
+            same = same and bool(np.array_equal(files.rows(head, row, last), files.rows(tokens, row, last)))
+        if not same:
+            remedy = 'If the head is its own, set "tie_word_embeddings": false in config.json.'
+            raise CheckpointError(head.where, "a head that differs from the embedding", "equal tensors (tied)", remedy)

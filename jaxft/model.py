@@ -1,0 +1,109 @@
+"""What a user holds: a model with its parameters, tokenizer and names, loaded from and saved to Hugging Face formats.
+
+Usage:
+    model = jaxft.load("path-or-hub-id", dtype="bfloat16")
+    logp = model.logprobs(model.params, tokens)
+    jaxft.save_hf(model, jaxft.merge(params), "out")
+"""
+
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.checkpoint import hf, hub, tokenizer, writer
+from jaxft.checkpoint.reader import Place
+from jaxft.core import tree
+from jaxft.core.names import Names
+from jaxft.models.config import ModelConfig
+from jaxft.rollout import score
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A causal language model. Functions take its parameters as an argument: adapted ones fit as well."""
+
+    config: ModelConfig
+    params: tree.Params = field(repr=False)
+    names: Names = field(repr=False)
+    """What Hugging Face calls each weight."""
+    raw: dict[str, Any] = field(repr=False)
+    """Its config.json."""
+    source: str | None = None
+    """The path or hub id it was loaded from."""
+    directory: Path | None = field(default=None, repr=False)
+    """The local directory behind `source`."""
+    own_tokenizer: Any = field(default=None, repr=False)
+    """A tokenizer to use in place of the one in `directory`."""
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The `transformers` tokenizer, loaded when first asked for; None if the directory holds none."""
+        if self.own_tokenizer is not None or self.directory is None:
+            return self.own_tokenizer
+        return tokenizer.load(self.directory)
+
+    def logprobs(self, params: tree.Params, tokens_BT: Any, segments_BT: Any = None) -> jax.Array:
+        """float32[B, T-1]: log p(token t+1 | tokens up to t), in nats.
+
+        ``tokens`` int32[B, T], rows of one document each, padded on the right with any id (what is returned for padding
+        means nothing). ``segments`` int32[B, T] allows any padding (0) and several documents a row (from 1): 0 is
+        returned where the next token is padding or starts a document."""
+        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        segments_BT = None if segments_BT is None else jnp.asarray(segments_BT, jnp.int32)
+        return _logprobs(self.config, params, tokens_BT, segments_BT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(config: ModelConfig, params: tree.Params, tokens_BT: jax.Array, segments_BT: jax.Array | None):
+    batch = {"tokens": tokens_BT}
+    if segments_BT is not None:
+        batch |= {"segments": segments_BT, "positions": _positions(segments_BT)}
+    scored = score.make_score(config, dtype=params["embed"]["tokens"].dtype)
+    return scored("policy", params, batch)["logp"][:, 1:]
+
+
+def _positions(segments_BT: jax.Array) -> jax.Array:
+    """Positions that restart wherever the segment changes: int32[B, T]."""
+    at = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
+    starts = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return at - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)
+
+
+def load(
+    source: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    *,
+    revision: str | None = None,
+    sharding: Place | None = None,
+) -> Model:
+    """Loads a model's directory or hub id.
+
+    ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``sharding(path, shape)`` says where each
+    leaf goes; by default all on one device. Raises CheckpointError with what is wrong and what to do."""
+    directory = hub.directory(source, revision)
+    loaded = hf.load(directory, dtype, sharding=sharding)
+    return Model(loaded.config, loaded.params, loaded.names, loaded.raw, os.fspath(source), directory)
+
+
+def save_hf(
+    model: Model,
+    params: tree.Params,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model that `transformers` loads: weights, config, generation config, tokenizer.
+
+    ``params`` without adapters (`jaxft.merge`). ``dtype``: of every tensor, by default that of the embedding. The
+    directory appears complete or not at all; one that holds something is refused unless ``overwrite``."""
+    made = hf.Loaded(model.config, model.names, params, model.raw)
+    return writer.save(
+        made, directory, model.directory, model.own_tokenizer, dtype=dtype, shard=max_shard_size, overwrite=overwrite
+    )
