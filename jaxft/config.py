@@ -6,7 +6,7 @@ This file only composes them. A field's meaning is the docstring under it, which
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -16,6 +16,7 @@ from jaxft.border.fields import Choice
 from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS
+from jaxft.sharding.mesh import MeshConfig
 from jaxft.training.optim import OptimConfig
 
 _METHODS = {name: method.config for name, method in METHODS.items()}
@@ -23,9 +24,27 @@ _OBJECTIVES = {name: objective.config for name, objective in OBJECTIVES.items()}
 
 
 @dataclass(frozen=True)
+class ModelSection:
+    """The model that is fine-tuned."""
+
+    path: str
+    """Folder or hub id of a Hugging Face model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
+    """Dtype of frozen weights and of the computation; what is trained is kept in float32. auto: the checkpoint's."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: only the architecture and the tokenizer are read from path, and the weights drawn anew."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel; auto chooses by platform and case."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
 
+    model: ModelSection
+    """The model that is fine-tuned."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training data and its held-out part."""
     peft: Choice = fields.choice("method", _METHODS, "lora", "Fine-tuning method.")
@@ -34,6 +53,8 @@ class RunConfig:
     """What is minimised: the objective and its settings."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser and its schedule."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices are arranged."""
     run_dir: str | None = None
     """Folder of the run: resolved config, metrics, checkpoints, samples. Default: runs/ with the config file's name."""
     resume: bool = False

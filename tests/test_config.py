@@ -34,16 +34,23 @@ def test_every_type_can_be_said_in_words():
 @pytest.mark.parametrize("method", METHODS)
 def test_round_trip(method, tmp_path):
     file = tmp_path / "run.yaml"
-    first = config.load(None, [f"peft={method}", "optim.lr=1e-4", "optim.groups={'/b$': 16}", f"run_dir={tmp_path}"])
+    overrides = [
+        "model.path=tiny",
+        f"peft={method}",
+        "optim.lr=1e-4",
+        "optim.groups={'/b$': 16}",
+        f"run_dir={tmp_path}",
+    ]
+    first = config.load(None, overrides)
     file.write_text(config.dump(first))
     assert config.load(file) == first
     assert config.dump(config.load(file)) == config.dump(first)
 
 
 def test_run_dir_is_named_after_the_config(tmp_path):
-    (tmp_path / "mine.yaml").write_text("")
+    (tmp_path / "mine.yaml").write_text("model: {path: tiny}")
     assert config.load(tmp_path / "mine.yaml").run_dir == "runs/mine"
-    assert config.load(None).run_dir == "runs/run"
+    assert config.load(None, ["model.path=tiny"]).run_dir == "runs/run"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +66,7 @@ def test_run_dir_is_named_after_the_config(tmp_path):
 )
 def test_messages(override, message):
     with pytest.raises(ConfigError) as caught:
-        config.load(None, [override])
+        config.load(None, ["model.path=tiny", override])
     assert message in str(caught.value)
 
 

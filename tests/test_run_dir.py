@@ -7,7 +7,7 @@ from jaxft.border.errors import ConfigError
 
 
 def made(folder, *overrides):
-    return config.load(None, [f"run_dir={folder}", *overrides])
+    return config.load(None, ["model.path=tiny", f"run_dir={folder}", *overrides])
 
 
 def test_a_new_folder_holds_the_resolved_config(tmp_path):

@@ -14,6 +14,7 @@ from jaxft.cli import arguments, failures
 
 # verb -> (module, what it does)
 VERBS: dict[str, tuple[str, str]] = {
+    "data": ("jaxft.cli.data", "Show the exact tokens, which of them are learnt, and length statistics"),
     "recipes": ("jaxft.cli.recipes", "List the shipped configs, or print one"),
     "schema": ("jaxft.cli.schema", "Write a JSON schema of the config, for editors"),
     "env": ("jaxft.cli.env", "Show versions, devices and what this machine can run"),

@@ -62,6 +62,19 @@ def test_recipes(capsys):
     assert code == 2 and "no shipped recipe of that name" in err
 
 
+def test_data_shows_learnt_tokens_and_statistics(capsys):
+    words = ["model.path=assets/tiny", "data.path=assets/data/quickstart_heldout.jsonl", "data.max_length=128"]
+    code, out, err = jaxft(capsys, "data", *words, "--rows", "1")
+    assert code == 0, err
+    assert "<|im_end|>⟧" in out and "480 examples of 480 rows read" in out and "p50" in out
+
+
+def test_data_names_a_bad_row(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    code, _, err = jaxft(capsys, "data", "model.path=assets/tiny", f"data.path={tmp_path / 'rows.jsonl'}")
+    assert code == 1 and "rows.jsonl:2" in err and "Traceback" not in err
+
+
 def test_help_lists_every_key(capsys):
     keys.show()
     out = capsys.readouterr().out

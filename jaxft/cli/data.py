@@ -1,0 +1,27 @@
+"""`jaxft data CONFIG.yaml`: the exact tokens a model will see, which of them it learns, and how long examples are."""
+
+import argparse
+
+from rich.console import Console
+
+from jaxft import config, data
+from jaxft.checkpoint import hub, tokenizer
+from jaxft.checkpoint.errors import CheckpointError
+from jaxft.cli import arguments as arguments_
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the config and how much to show."""
+    arguments_.add_config(parser, ("model", "data"))
+    parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show token by token; default: 2")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Prints the preview and the report."""
+    wanted = config.load(*arguments_.split(args.words))
+    directory = hub.directory(wanted.model.path, wanted.model.revision)
+    found = tokenizer.load(directory)
+    if found is None:
+        raise CheckpointError(directory, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")
+    data.preview(wanted.data, found, Console(), rows=args.rows)
+    return 0
