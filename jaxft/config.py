@@ -13,6 +13,7 @@ import yaml
 from jaxft.border import check, fields, reading
 from jaxft.border import schema as schema_
 from jaxft.border.fields import Choice
+from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS
@@ -55,6 +56,8 @@ class RunConfig:
     """The optimiser and its schedule."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices are arranged."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
     run_dir: str | None = None
     """Folder of the run: resolved config, metrics, checkpoints, samples. Default: runs/ with the config file's name."""
     resume: bool = False

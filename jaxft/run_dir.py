@@ -5,16 +5,14 @@ It holds `config.yaml` (the whole resolved config), the metrics, checkpoints and
 
 import os
 from pathlib import Path
-from typing import Any
 
 from jaxft import config as config_
 from jaxft.border import check
 from jaxft.border.errors import ConfigError
+from jaxft.checkpoint import state
 from jaxft.config import RunConfig
 
 CONFIG = "config.yaml"
-# what may differ when a run goes on: where it lies, how long it is, what it shows and keeps, and the machines it is on
-MAY_CHANGE = ("run_dir", "resume", "train.steps", "train.epochs", "mesh", "eval", "generate", "checkpoint", "log")
 
 
 def claim(config: RunConfig) -> tuple[Path, bool]:
@@ -43,32 +41,13 @@ def _refuse_other(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"`run_dir`: {folder} holds a run; go on with it (--resume, or resume=true) or choose another run_dir"
         )
-    changed = changes(config_.load(folder / CONFIG), config)
+    changed = state.differences(check.plain(config_.load(folder / CONFIG)), check.plain(config))
     if changed:
-        lines = "\n".join(
-            f"  {key}: {check.show(old)} there, {check.show(new)} now" for key, (old, new) in changed.items()
-        )
+        lines = "\n".join(f"  {change}" for change in changed)
         raise ConfigError(
-            f"`run_dir`: the run in {folder} cannot go on with another config; these keys differ:\n{lines}\n"
+            f"`run_dir`: the run in {folder} cannot go on with another config:\n{lines}\n"
             "Set them back, or choose another run_dir to start afresh."
         )
-
-
-def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, other than those that may: key -> (old, new)."""
-    before, after = _flat(check.plain(old)), _flat(check.plain(new))
-    keys = [key for key in {**before, **after} if not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)]
-    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict) or not values:
-        return {prefix: values}
-    return {
-        key: item
-        for name, value in values.items()
-        for key, item in _flat(value, f"{prefix}.{name}" if prefix else name).items()
-    }
 
 
 def _write(folder: Path, text: str) -> None:

@@ -44,7 +44,7 @@ FORBIDDEN = {
 
 # folder -> the literal table in its __init__.py that names every module of the folder but these
 TABLES = {
-    "peft": ("METHODS", {"hf", "targets", "whole"}),
+    "peft": ("METHODS", {"disk", "targets", "whole"}),
     "objectives": ("OBJECTIVES", {"terms"}),
     "models/families": ("FAMILIES", set()),
     "rewards": ("REWARDS", set()),

@@ -40,7 +40,15 @@ def test_resume_with_another_config_is_refused_by_key(tmp_path):
     run_dir.claim(made(tmp_path))
     with pytest.raises(ConfigError) as caught:
         run_dir.claim(made(tmp_path, "resume=true", "optim.lr=2e-4", "peft.rank=4"))
-    assert "peft.rank: 16 there, 4 now" in str(caught.value) and "optim.lr: null there, 0.0002 now" in str(caught.value)
+    assert "peft.rank was 16 and is 4" in str(caught.value) and "optim.lr was None and is 0.0002" in str(caught.value)
+
+
+def test_resume_may_change_how_a_run_is_kept_and_the_earlier_config_stays(tmp_path):
+    first = made(tmp_path)
+    run_dir.claim(first)
+    longer = made(tmp_path, "resume=true", "checkpoint.every=7")
+    assert run_dir.claim(longer) == (tmp_path, True)
+    assert config.load(tmp_path / "config.yaml") == longer and config.load(tmp_path / "config.1.yaml") == first
 
 
 @pytest.mark.parametrize("resume", ["true", "false"])

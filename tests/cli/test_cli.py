@@ -1,11 +1,15 @@
 """The command line as a user meets it: output, messages and exit codes."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from jaxft import cli, recipes
 from jaxft.cli import failures, keys
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+TINY, ROWS = ASSETS / "tiny", ASSETS / "data" / "quickstart_heldout.jsonl"
 
 
 def jaxft(capsys, *words):
@@ -63,7 +67,7 @@ def test_recipes(capsys):
 
 
 def test_data_shows_learnt_tokens_and_statistics(capsys):
-    words = ["model.path=assets/tiny", "data.path=assets/data/quickstart_heldout.jsonl", "data.max_length=128"]
+    words = [f"model.path={TINY}", f"data.path={ROWS}", "data.max_length=128"]
     code, out, err = jaxft(capsys, "data", *words, "--rows", "1")
     assert code == 0, err
     assert "<|im_end|>⟧" in out and "480 examples of 480 rows read" in out and "p50" in out
@@ -71,7 +75,7 @@ def test_data_shows_learnt_tokens_and_statistics(capsys):
 
 def test_data_names_a_bad_row(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
-    code, _, err = jaxft(capsys, "data", "model.path=assets/tiny", f"data.path={tmp_path / 'rows.jsonl'}")
+    code, _, err = jaxft(capsys, "data", f"model.path={TINY}", f"data.path={tmp_path / 'rows.jsonl'}")
     assert code == 1 and "rows.jsonl:2" in err and "Traceback" not in err
 
 
