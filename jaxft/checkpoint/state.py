@@ -21,27 +21,15 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.checkpoint.errors import CheckpointError, some
 from jaxft.core import tree
 
 S = TypeVar("S")
 
+DEFAULT = CheckpointConfig()
 # config keys that may differ when a run goes on
 MAY_CHANGE = ("run_dir", "resume", "train.steps", "train.epochs", "mesh", "eval", "generate", "checkpoint", "log")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Saving and resuming."""
-
-    every: int | None = 200
-    """Steps between checkpoints. null: only at the end and when the run is interrupted."""
-    keep_last: int = 2
-    """How many of the newest checkpoints to keep."""
-    keep_best: int = 1
-    """How many of the best, by ``eval.metric``, to keep besides. 0: none."""
-    asynchronous: bool = True
-    """Whether training goes on while a checkpoint is written."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +47,8 @@ class Record:
 
 
 def open_folder(
-    folder: Path | str, config: CheckpointConfig = CheckpointConfig(), mode: Literal["min", "max"] = "min"
-) -> ocp.CheckpointManager:  # fmt: skip
+    folder: Path | str, config: CheckpointConfig = DEFAULT, mode: Literal["min", "max"] = "min"
+) -> ocp.CheckpointManager:
     """The run's checkpoints, in ``folder`` (made if missing). Close it to wait for the last write.
 
     ``mode``: whether the best score is the lowest or the highest."""
@@ -194,17 +182,18 @@ def _note(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def _refuse_changes(where: str, saved: Record, now: Record, may_change: tuple[str, ...]) -> None:
     """Raises CheckpointError if the base is another one, or the config differs where it matters."""
-    base = _differences(saved.base, _json(now.base), ())
+    base = differences(saved.base, _json(now.base), ())
     if base:
         remedy = "Resume with the model the run began with, or start a new run_dir."
         raise CheckpointError(where, "a run on another base: " + "; ".join(base), "the same base", remedy)
-    config = _differences(saved.config, _json(now.config), may_change)
+    config = differences(saved.config, _json(now.config), may_change)
     if config:
         remedy = "Set them back, or choose another run_dir to start afresh."
         raise CheckpointError(where, "another config: " + "; ".join(config), "the config of the run", remedy)
 
 
-def _differences(old: Any, new: Any, may_change: tuple[str, ...]) -> list[str]:
+def differences(old: Any, new: Any, may_change: tuple[str, ...] = MAY_CHANGE) -> list[str]:
+    """What differs between two resolved configs (plain values), key by key, but for what may."""
     before, after = _leaves(old), _leaves(new)
     keys = [k for k in {**before, **after} if not any(f"{k}.".startswith(f"{free}.") for free in may_change)]
     return [

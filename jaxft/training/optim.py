@@ -6,11 +6,10 @@ optimiser's state. Weight decay is decoupled (Loshchilov & Hutter 2019) and goes
 optimiser; it spares norms, biases and anything that is a vector in one layer.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,46 +17,11 @@ import optax
 
 from jaxft.core import tree
 from jaxft.training import leafwise, schedules
+from jaxft.training.config import OptimConfig
 from jaxft.training.leafwise import Stacked
 
 SPARED = re.compile(r"norm(/|$)|(^|/)bias$")  # never decayed, whatever the shape
 APART = re.compile(r"^(embed|head|prompt|prefix)(/|$)")  # matrices that Muon leaves to Adam (look-ups and the head)
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimiser and its schedule."""
-
-    name: Literal["adamw", "adafactor", "lion", "muon", "schedule_free", "sgd"] = "adamw"
-    """Optimiser. ``schedule_free`` is schedule-free AdamW; ``muon`` uses Adam for embeddings, the head and vectors."""
-    lr: float | None = None
-    """Peak learning rate. Default: that of the fine-tuning method (LoRA 2e-4, full 2e-5), times 0.2 for lion; sgd has
-    no default."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] | None = None
-    """Course of the learning rate after warm-up. Default: cosine; constant for schedule_free, which allows no other."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up. Default: ``warmup_ratio`` of the run."""
-    warmup_ratio: float = 0.03
-    """Share of the run that is warm-up, where ``warmup_steps`` is not given."""
-    min_lr_ratio: float = 0.0
-    """Final learning rate over peak learning rate."""
-    decay_ratio: float = 0.1
-    """Share of the run in which the ``wsd`` schedule decays."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, multiplied by the learning rate; norms, biases and vectors are spared."""
-    betas: tuple[float, float] | None = None
-    """Decay rates of the moments. Default: adamw and schedule_free (0.9, 0.999), lion (0.9, 0.99), muon (0.95 for its
-    momentum, 0.999 for its Adam part), sgd (0.9 momentum, the second unused); adafactor has none."""
-    eps: float = 1e-8
-    """Added to the denominator by adamw, schedule_free and muon's Adam part."""
-    clip_norm: float | None = 1.0
-    """Largest global norm of the gradient; larger ones are scaled down. null: no clipping."""
-    groups: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Learning-rate multipliers: a regex searched in parameter paths to a factor, the first match counts. LoRA+ is
-    ``{"/b$": 16}``."""
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the first moment (adamw, lion, muon, sgd). Second moments are float32 always: bfloat16 cannot hold their
-    slow averages."""
 
 
 class Optimizer(NamedTuple):

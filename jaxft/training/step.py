@@ -48,7 +48,7 @@ def make_step(
 
     The result takes ``batch`` arrays [accumulate, rows, T], donates ``state``, and returns scalars on the device:
     ``loss``, each metric of the objective, each term as ``loss/<term>`` where there are several, ``grad_norm`` (before
-    clipping), ``learning_rate``, ``tokens`` (real ones, where the batch has segments), ``skipped`` (0 or 1).
+    clipping), ``learning_rate``, ``tokens`` (those that are not padding), ``skipped`` (0 or 1).
     """
 
     def step(state: TrainState, frozen: tree.Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -153,6 +153,10 @@ def _metrics(losses: Means, means: Means, weights: dict[str, jax.Array]) -> Metr
 
 
 def _tokens(batch: Batch) -> jax.Array:
+    """Tokens that are not padding. Without segments a row is one document, whose last position tells its length."""
     if "segments" in batch:
         return jnp.sum(batch["segments"] > 0, dtype=jnp.int32)
+    if "positions" in batch:
+        last = jnp.max(batch["positions"], axis=-1)
+        return jnp.sum(jnp.where(last > 0, last + 1, 0), dtype=jnp.int32)
     return jnp.int32(batch["tokens"].size)

@@ -1,0 +1,17 @@
+"""The `checkpoint` section."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int | None = 200
+    """Steps between checkpoints. null: only at the end and when the run is interrupted."""
+    keep_last: int = 2
+    """How many of the newest checkpoints to keep."""
+    keep_best: int = 1
+    """How many of the best, by ``eval.metric``, to keep besides; one is saved whenever it improves. 0: none."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written."""

@@ -1,0 +1,110 @@
+"""The `train`, `eval`, `log` and `optim` sections. Light: reading a config loads neither optax nor orbax."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what batches, and how the step is computed."""
+
+    batch: int = 8
+    """Rows in one forward and backward pass, over all devices together."""
+    accumulate: int = 1
+    """Passes summed into one optimiser step. The loss is the mean over all tokens of the step, so batch 8 x
+    accumulate 1 and batch 1 x accumulate 8 are the same training."""
+    steps: int | None = None
+    """Optimiser steps. Default: what ``epochs`` makes."""
+    epochs: float | None = None
+    """Passes over the data. Default: 1, where ``steps`` is not given; give one of the two."""
+    seed: int = 0
+    """Of new parameters, dropout and noise. The order of the data has its own, ``data.seed``."""
+    neftune_alpha: float = 0.0
+    """Noise added to embeddings while training, of magnitude alpha / sqrt(length x width); 5 is usual. 0: none."""
+    remat: Literal["none", "save", "attn", "full"] = "full"
+    """What the backward pass recomputes to save memory: none keeps everything, save the large products, attn the
+    attention's, full the input of each layer only. Never changes the result beyond rounding."""
+    unroll: Literal["auto", "always", "never"] = "auto"
+    """Whether layers are a Python loop instead of a scan: somewhat faster on a GPU, slower to compile. auto: on one
+    GPU."""
+    deterministic: bool = False
+    """Whether a GPU may only use kernels that give the same bits every time; slower. CPU and TPU always do."""
+    prefetch: int = 2
+    """Batches sent to the device ahead of the step."""
+    max_nonfinite: int = 3
+    """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out data while training."""
+
+    every: int | None = None
+    """Steps between evaluations. Default: once an epoch. There is always one at the end."""
+    at_start: bool = False
+    """Whether to evaluate before the first step too."""
+    batches: int | None = None
+    """Batches of held-out data to use. Default: all."""
+    samples: int = 4
+    """Held-out prompts answered at each evaluation, written to the run's samples. 0: none."""
+    metric: str = "loss"
+    """What decides which checkpoint is best, and early stopping: loss, perplexity, mean_token_accuracy, ..."""
+    goal: Literal["min", "max"] = "min"
+    """Whether a lower or a higher metric is better."""
+    patience: int | None = None
+    """Evaluations in a row without improvement after which the run stops. Default: it never stops early."""
+    min_delta: float = 0.0
+    """Improvement smaller than this does not count for ``patience``."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown and written while training. ``metrics.jsonl`` in the run's folder is always written."""
+
+    every: int = 1
+    """Steps between lines of metrics; each line is that step's own values."""
+    to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers to write to besides (``pip install 'jaxft[track]'``)."""
+    project: str = "jaxft"
+    """Project name in wandb and trackio."""
+    name: str | None = None
+    """Run name there. Default: the name of the run's folder."""
+    progress: bool = True
+    """Whether to show progress: a bar in a terminal, a line now and then elsewhere."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and its schedule."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon", "schedule_free", "sgd"] = "adamw"
+    """Optimiser. ``schedule_free`` is schedule-free AdamW; ``muon`` uses Adam for embeddings, the head and vectors."""
+    lr: float | None = None
+    """Peak learning rate. Default: that of the fine-tuning method (LoRA 2e-4, full 2e-5), times 0.2 for lion; sgd has
+    no default."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] | None = None
+    """Course of the learning rate after warm-up. Default: cosine; constant for schedule_free, which allows no other."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. Default: ``warmup_ratio`` of the run."""
+    warmup_ratio: float = 0.03
+    """Share of the run that is warm-up, where ``warmup_steps`` is not given."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate over peak learning rate."""
+    decay_ratio: float = 0.1
+    """Share of the run in which the ``wsd`` schedule decays."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate; norms, biases and vectors are spared."""
+    betas: tuple[float, float] | None = None
+    """Decay rates of the moments. Default: adamw and schedule_free (0.9, 0.999), lion (0.9, 0.99), muon (0.95 for its
+    momentum, 0.999 for its Adam part), sgd (0.9 momentum, the second unused); adafactor has none."""
+    eps: float = 1e-8
+    """Added to the denominator by adamw, schedule_free and muon's Adam part."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; larger ones are scaled down. null: no clipping."""
+    groups: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Learning-rate multipliers: a regex searched in parameter paths to a factor, the first match counts. LoRA+ is
+    ``{"/b$": 16}``."""
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the first moment (adamw, lion, muon, sgd). Second moments are float32 always: bfloat16 cannot hold their
+    slow averages."""
