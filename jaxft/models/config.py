@@ -18,6 +18,8 @@ class Layer:
     """Sliding attention window in tokens, itself included; None: all that precedes."""
     rope: int | None = 0
     """Index into ModelConfig.ropes; None: no position encoding in this layer."""
+    score_scale: float = 1.0
+    """Multiplier of this layer's attention scores, beside the model's own (some gpt2)."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Fields:
             raise ValueError(f"{self.where}: '{name}' is missing; a {self.raw.get('model_type')} config needs it")
         return default
 
+    def nullable(self, name: str, default: Any) -> Any:
+        """The value, where null is one (no window, say): ``default`` only if absent."""
+        self._seen.add(name)
+        return self.raw.get(name, default)
+
     def expect(self, name: str, *allowed: Any, why: str) -> None:
         """Refuses a value other than ``allowed`` (or absence), saying why."""
         self._seen.add(name)

@@ -22,17 +22,35 @@ FIELDS: dict[str, frozenset[str]] = {
 ALWAYS = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 
 
-def read(fields: Fields, head_dim: int, theta: float = 10000.0, partial: float = 1.0) -> Rope:
-    """The model's rotary table; ``theta`` and ``partial`` are the family's defaults. Refuses unknown settings."""
-    merged = {"rope_theta": fields.get("rope_theta", theta)}
-    merged["partial_rotary_factor"] = fields.get("partial_rotary_factor", partial)
-    scaling = fields.get("rope_scaling", {})
-    merged |= scaling | fields.get("rope_parameters", {})
-    max_positions = fields.get("max_position_embeddings", 2048)
-    original = fields.get("original_max_position_embeddings", None)
-    if original is not None:
-        merged.setdefault("original_max_position_embeddings", original)
-    return build(merged, head_dim, max_positions, fields.where)
+def read(
+    fields: Fields,
+    head_dim: int,
+    *,
+    max_positions: int,
+    theta: float = 10000.0,
+    partial: float | None = None,
+    original_max: int | None = None,
+) -> Rope:
+    """The model's rotary table. Refuses unknown settings.
+
+    ``theta``, ``partial`` and ``original_max`` are the family's defaults; ``partial`` None: the family's attention
+    rotates whole heads and a partial_rotary_factor is refused."""
+    scaling, parameters = fields.get("rope_scaling", {}), fields.get("rope_parameters", {})
+    top = {
+        "rope_theta": fields.get("rope_theta", theta),
+        "partial_rotary_factor": fields.get("partial_rotary_factor", 1.0 if partial is None else partial),
+    }
+    settings = top | (scaling or parameters)  # transformers: rope_scaling wins where both are given
+    whole = settings["partial_rotary_factor"] in (None, 1, 1.0)
+    if partial is None and not whole:
+        family, got = fields.raw["model_type"], settings["partial_rotary_factor"]
+        raise ValueError(
+            f"{fields.where}: partial_rotary_factor={got!r} is not supported: {family} rotates whole heads"
+        )
+    original = fields.get("original_max_position_embeddings", 0) or original_max
+    if original:  # beside the settings it wins over the one inside them, as in transformers
+        settings["original_max_position_embeddings"] = original
+    return build(settings, head_dim, max_positions, fields.where)
 
 
 def build(settings: dict[str, Any], head_dim: int, max_positions: int, where: str) -> Rope:
@@ -79,6 +97,9 @@ def build(settings: dict[str, Any], head_dim: int, max_positions: int, where: st
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short, long = tuple(map(float, get("short_factor"))), tuple(map(float, get("long_factor")))
+    for name, factors in (("short_factor", short), ("long_factor", long)):
+        if len(factors) != dim // 2:
+            raise ValueError(f"{where}: {name} has {len(factors)} entries; expected {dim // 2}, one per rotated pair")
     return Rope(dim, **common, attention_factor=float(attention), short_factor=short, long_factor=long)
 
 
