@@ -79,14 +79,17 @@ def load(
     dtype: str = "bfloat16",
     *,
     revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     sharding: Place | None = None,
 ) -> Model:
     """Loads a model's directory or hub id.
 
-    ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``sharding(path, shape)`` says where each
-    leaf goes; by default all on one device. Raises CheckpointError with what is wrong and what to do."""
+    ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). A ``mesh`` shards the weights by
+    `sharding.rules`, unless ``sharding(path, shape)`` says where each goes; by default all are on one device. Raises
+    CheckpointError with what is wrong and what to do.
+    """
     directory = hub.directory(source, revision)
-    loaded = hf.load(directory, dtype, sharding=sharding)
+    loaded = hf.load(directory, dtype, mesh=mesh, sharding=sharding)
     return Model(loaded.config, loaded.params, loaded.names, loaded.raw, os.fspath(source), directory)
 
 

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,6 +21,7 @@ from jaxft.core import tree
 from jaxft.core.names import Names
 from jaxft.models import families
 from jaxft.models.config import ModelConfig
+from jaxft.sharding import rules
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ("float32", "float16")} | {
@@ -47,19 +49,22 @@ def load(
     source: str | os.PathLike[str],
     dtype: str = "bfloat16",
     revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     sharding: Place | None = None,
 ) -> Loaded:
     """Reads a model's directory or hub id.
 
-    ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). ``sharding(path, shape)`` says where a
-    leaf goes (paths as `core.tree.paths` lists them); None is the default device. Raises CheckpointError, or ValueError
-    for a config.json that is not understood."""
+    ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). With a ``mesh`` each leaf is laid out by
+    `sharding.rules`; ``sharding(path, shape)`` (paths as `core.tree.paths` lists them) decides instead. Otherwise all
+    is on the default device. Raises CheckpointError, or ValueError for a config.json that is not understood."""
     directory = hub.directory(source, revision)
     raw = config_of(directory)
     config, names = families.read(raw, str(directory / "config.json"))
     entries = layout.entries(config, names)
     tensors = layout.match(entries, tensors_of(directory), config.tie_embeddings, directory)
     target = _dtype(dtype, raw, tensors[entries[0].tensors[0]])
+    if mesh is not None and sharding is None:
+        sharding = _places(entries, names, mesh)
     leaves = {}
     with Reader() as files:
         if config.tie_embeddings:
@@ -68,6 +73,13 @@ def load(
             place = None if sharding is None else sharding(entry.path, entry.shape)
             leaves[entry.path] = reader.read(files, entry, [tensors[name] for name in entry.tensors], target, place)
     return Loaded(config, names, layout.assemble(names, leaves), raw)
+
+
+def _places(entries: tuple[layout.Entry, ...], names: Names, mesh: jax.sharding.Mesh) -> Place:
+    """Where `sharding.rules` puts each leaf."""
+    abstract = layout.assemble(names, {e.path: jax.ShapeDtypeStruct(e.shape, jnp.float32) for e in entries})
+    places = dict(tree.paths(rules.shardings(abstract, mesh)))
+    return lambda path, shape: places[path]
 
 
 def config_of(directory: Path) -> dict[str, Any]:

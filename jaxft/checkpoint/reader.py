@@ -69,14 +69,12 @@ def _on_host(reader: Reader, entry: Entry, tensors: list[Tensor], dtype: Any, gr
         targets = [target(bounds, layer) for bounds in groups if layer in _layers(entry, bounds)]
         if targets:
             reader.read(tensor, targets)
-    arrays = []
-    for bounds, devices in groups.items():
-        for i, device in enumerate(devices):
-            own = buffers[bounds] if i == 0 else _aligned(buffers[bounds].shape, dtype)
-            if i > 0:
-                own[...] = buffers[bounds]  # replicas do not share memory: either may be donated
-            arrays.append(jax.device_put(own, device, may_alias=True))
-    return arrays
+    # Replicas share the buffer: JAX does not write into memory it was lent, not even when the array is donated.
+    return [
+        jax.device_put(buffers[bounds], device, may_alias=True)
+        for bounds, devices in groups.items()
+        for device in devices
+    ]
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -108,7 +106,7 @@ def _on_device(reader: Reader, entry: Entry, tensors: list[Tensor], dtype: Any, 
             for i, device in enumerate(groups[bounds]):
                 x = jax.device_put(target.array, device)
                 arrays[bounds][i] = _place(arrays[bounds][i], x, at, entry.transposed, entry.stacked)
-                x.block_until_ready()  # so that the next layer's buffer does not come on top of this one
+        jax.block_until_ready(arrays)  # so that the next layer's buffers do not come on top of these
     return [array for bounds in groups for array in arrays[bounds]]
 
 

@@ -145,7 +145,7 @@ class Reader:
         chunk = np.empty((last - first, columns), dtype)
         self._fill(tensor, first, chunk)
         if narrow:
-            _fits_float16(tensor, chunk)
+            fits_float16(tensor.where, chunk)
         for target in targets:
             lo, hi = max(first, target.rows.start), min(last, target.rows.stop)
             if lo < hi:
@@ -169,12 +169,12 @@ def _direct(target: Target, dtype: Any, columns: int) -> bool:
     return whole and target.array.dtype == dtype and target.array.flags.c_contiguous
 
 
-def _fits_float16(tensor: Tensor, source: np.ndarray) -> None:
+def fits_float16(where: str, source: np.ndarray) -> None:
     """Refuses finite values that float16 would turn into infinities."""
     largest = float(np.max(np.abs(source.astype(np.float32)), initial=0.0))
     if 65504 < largest < math.inf:
-        remedy = "Load this checkpoint as bfloat16 or float32."
-        raise CheckpointError(tensor.where, f"a value of {largest:g}", "at most 65504 for float16", remedy)
+        remedy = "Use bfloat16 or float32."
+        raise CheckpointError(where, f"a value of {largest:g}", "at most 65504 for float16", remedy)
 
 
 def copy(source: np.ndarray, out: np.ndarray) -> None:
@@ -182,7 +182,7 @@ def copy(source: np.ndarray, out: np.ndarray) -> None:
     if source.dtype == out.dtype and source.dtype.itemsize == 2:  # a plain copy of bits: faster than as bfloat16
         source, out = source.view(np.uint16), out.view(np.uint16)
     for r in range(0, len(source), TILE):
-        out[r : r + TILE] = source[r : r + TILE]
+        out[r : r + TILE] = source[r : r + TILE].astype(out.dtype, copy=False)
 
 
 def write(file: Path, tensors: list[tuple[str, Any, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from jaxft.checkpoint import hf, tensorfile, tokenizer
+from jaxft.checkpoint import hf, host, tensorfile, tokenizer
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.checkpoint.hf import Loaded
 from jaxft.core import tree, verbs
@@ -190,10 +189,12 @@ def _host(piece: Piece, dtype: Any) -> np.ndarray:
         array = weight if layer is None else weight[layer]
     else:
         array = _layer(weight, layer)
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    array = np.asarray(array)
+    array = host.gather(array)
     array = array.T if piece.transposed else array
+    if array.dtype == dtype and array.flags.c_contiguous:
+        return array
+    if dtype == np.float16 and array.dtype != np.float16:
+        tensorfile.fits_float16(f"tensor '{piece.name}'", array)
     out = np.empty(array.shape, dtype)
     tensorfile.copy(array, out)
     return out
@@ -201,14 +202,7 @@ def _host(piece: Piece, dtype: Any) -> np.ndarray:
 
 def _layer(weight: Any, layer: int) -> Any:
     """One layer of a stack, without a copy of the rest."""
-    if isinstance(weight, jax.Array) and not _in_host_memory(weight):
-        return _take(weight, layer)
-    return np.asarray(weight)[layer]
-
-
-def _in_host_memory(array: jax.Array) -> bool:
-    """Whether the whole array can be seen from the host without a copy."""
-    return len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"
+    return np.asarray(weight)[layer] if host.visible(weight) else _take(weight, layer)
 
 
 @jax.jit
