@@ -18,7 +18,7 @@ from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS
 from jaxft.sharding.mesh import MeshConfig
-from jaxft.training.optim import OptimConfig
+from jaxft.training.config import EvalConfig, LogConfig, OptimConfig, TrainConfig
 
 _METHODS = {name: method.config for name, method in METHODS.items()}
 _OBJECTIVES = {name: objective.config for name, objective in OBJECTIVES.items()}
@@ -54,10 +54,16 @@ class RunConfig:
     """What is minimised: the objective and its settings."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser and its schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, in what batches, and how the step is computed."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices are arranged."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation on held-out data while training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """What is shown and written while training."""
     run_dir: str | None = None
     """Folder of the run: resolved config, metrics, checkpoints, samples. Default: runs/ with the config file's name."""
     resume: bool = False
