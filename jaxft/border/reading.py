@@ -84,25 +84,32 @@ class Source:
 
 def read(file: Path | str | None, overrides: Sequence[str] = ()) -> Source:
     """The values of a YAML file (none: an empty one) with `key=value` overrides laid over them; the last one wins."""
-    source = Source() if file is None else read_yaml(Path(file).read_text(encoding="utf-8"), str(file))
+    source = Source() if file is None else _read_file(Path(file))
     for override in overrides:
         _lay_over(source, override)
     return source
 
 
+def _read_file(path: Path) -> Source:
+    try:
+        return read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
 def read_yaml(text: str, name: str) -> Source:
     """The values of a YAML text; `name` is what messages call it. Raises ConfigError naming the line."""
-    loader = Loader(text)
     places: dict[KeyPath, str] = {}
     try:
+        loader = Loader(text)
         node = loader.get_single_node()
         values = {} if node is None else _values(loader, node, (), name, places)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}, line {mark.line + 1}" if mark else name
         raise ConfigError(f"{where}: not YAML: {error.problem or error}") from None
-    finally:
-        loader.dispose()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {error}") from None
     if values is None:
         values = {}
     if not isinstance(values, dict):

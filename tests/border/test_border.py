@@ -233,6 +233,13 @@ def test_messages(text, overrides, message):
     assert message in refused(text, *overrides)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00a", b"a: \x00", b"a:\n\t- b", b"a: &x\nb: *y"])
+def test_files_that_are_no_yaml(tmp_path, content):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml.*: not "):
+        reading.read(tmp_path / "run.yaml")
+
+
 def test_every_problem_is_told_at_once():
     lines = refused("data: {path: 1}\noptim: {lrr: 1, lr: x}\nfoo: 1").splitlines()
     assert len(lines) == 4 and all(line.startswith("run.yaml, line ") for line in lines)
