@@ -1,9 +1,9 @@
 """Attention, one function: who may see whom is said by positions and segments, how it is computed by the platform.
 
 A backend is chosen by literal rules on static facts (`attention_choice`); what a kernel cannot do falls to the chunked
-XLA path, said once in the log. Unusual: self-attention is recognised by *identity* (the same positions array for queries
-and keys), which promises that inside a segment index order is position order; positions themselves are then not read.
-Under a mesh (`jax.set_mesh`, or `mesh=`) the TPU kernel runs per device, rows over `batch_axes`, heads over `head_axis`.
+XLA path, said once in the log. Unusual: self-attention is recognised by *identity* (the same positions array for
+queries and keys), which promises that inside a segment index order is position order; the positions themselves are
+then not read. Under a mesh (`jax.set_mesh`, or `mesh=`) the TPU kernel runs on each device's own rows and heads.
 """
 
 import functools
@@ -14,16 +14,12 @@ from typing import Literal
 
 import jax
 
-from jaxft.models import attention_choice, attention_cudnn, attention_splash, attention_xla
+from jaxft.models import attention_choice, attention_cudnn, attention_xla
 from jaxft.models.attention_choice import Backend
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
-RESIDUALS = attention_xla.RESIDUALS
-
 logger = logging.getLogger("jaxft.attention")
-
-_named = jax.checkpoint_policies.save_only_these_names(RESIDUALS)
 
 
 def attention(
@@ -48,12 +44,14 @@ def attention(
 
     Query t sees key s where both segments are equal and not 0 (None: no such condition), k_position <= q_position (if
     causal), and q_position - k_position < window (if any). Query head n reads key head n // (N / K).
-    `scale` multiplies the scores, then `softcap * tanh(scores / softcap)`.
+    `scale` multiplies the scores, then `softcap * tanh(scores / softcap)`. To a `jax.checkpoint` policy XLA and splash
+    offer what their backward pass keeps (output, log-sum-exp) under the name `attention_xla.RESIDUALS`; cuDNN's are
+    the outputs of a primitive with "dot_product_attention_fwd" in its name.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
     aligned = q_positions_BT is k_positions_BS
     if aligned and window is not None and window >= q_BTNH.shape[1]:
-        window = None  # it hides nothing that causality shows; without causality no key is that far behind either
+        window = None  # it hides nothing
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     rows, heads = _free(mesh, batch_axes), _free(mesh, (head_axis,))
     platform = _platform(mesh)
@@ -73,6 +71,8 @@ def attention(
             q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, causal=causal
         )  # fmt: skip
     if choice.backend == "splash":
+        from jaxft.models import attention_splash  # Pallas for TPU: imported where there is one
+
         run = attention_splash.attend
         if _size(mesh, _free(mesh, mesh.axis_names)) > 1:
             run = functools.partial(attention_splash.attend_sharded, mesh=mesh, batch_axes=rows, head_axes=heads)
@@ -82,11 +82,6 @@ def attention(
     return attention_xla.attend(
         spec, q_BTNH, k_BSKH, v_BSKH, attention_xla.Ids(*positions, q_segments_BT, k_segments_BS)
     )  # fmt: skip
-
-
-def keep_residuals(primitive, *args, **params) -> bool:
-    """A `jax.checkpoint` policy: keep what attention's backward pass needs (output, log-sum-exp), whatever the backend."""
-    return "dot_product_attention_fwd" in primitive.name or _named(primitive, *args, **params)
 
 
 def _check(q, k, v, q_positions, k_positions, q_segments, k_segments, window: int | None) -> None:

@@ -1,7 +1,7 @@
 """Which attention backend runs a case: literal rules over static facts, in the order written.
 
-A case is everything known before tracing. `auto` takes the platform's kernel unless a rule refuses the case, then XLA; a
-backend asked for by name and refused is an error with the rule's remedy.
+A case is everything known before tracing. `auto` takes the platform's kernel unless a rule refuses the case, then XLA;
+a backend asked for by name and refused is an error with the rule's remedy.
 """
 
 import dataclasses
@@ -10,12 +10,16 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from jaxft.models import attention_cudnn, attention_splash
-
 Backend = Literal["xla", "cudnn", "splash"]
 
 TESTED_JAX = ("0.10", "0.11")
 """JAX versions the kernels were run on; on another, `auto` is XLA."""
+
+MASK_LIMIT = 2**29
+"""Elements of cuDNN's packing mask on one device: a bias in bfloat16, 1 GiB (JAX 0.10 adds its gradient)."""
+
+SPLASH_BLOCKS = (512, 384, 256, 128)
+"""Block lengths of the splash kernel, best first; a row's length has to be a multiple of one of them."""
 
 KERNELS: dict[str, Backend] = {"gpu": "cudnn", "tpu": "splash"}
 
@@ -61,6 +65,11 @@ class Rule(NamedTuple):
     remedy: str
 
 
+def splash_block(T: int) -> int | None:
+    """The block a row of T tokens is cut into, or None where none divides it."""
+    return next((b for b in SPLASH_BLOCKS if T % b == 0), None)
+
+
 def _mask_elements(c: Case) -> int:
     return -(-c.batch // c.batch_shards) * c.queries * c.keys if c.segments else 0
 
@@ -103,8 +112,8 @@ RULES: dict[Backend, tuple[Rule, ...]] = {
             "pad the rows to an even length",
         ),
         Rule(
-            lambda c: _mask_elements(c) > attention_cudnn.MASK_LIMIT,
-            f"the packing mask of these rows would pass {attention_cudnn.MASK_LIMIT} elements on one device",
+            lambda c: _mask_elements(c) > MASK_LIMIT,
+            f"the packing mask of these rows would pass {MASK_LIMIT} elements on one device",
             "use fewer or shorter rows, or data.packing=false",
         ),
     ),
@@ -118,7 +127,7 @@ RULES: dict[Backend, tuple[Rule, ...]] = {
             "load the model with dtype=bfloat16",
         ),
         Rule(
-            lambda c: attention_splash.block_length(c.queries) is None,
+            lambda c: splash_block(c.queries) is None,
             "splash attention wants rows of a multiple of 128 tokens",
             "pad the rows to a multiple of 128",
         ),

@@ -1,18 +1,15 @@
 """Attention by cuDNN, through the public `jax.nn.dot_product_attention`.
 
 Unusual: cuDNN's own causal and sliding-window masks skip what they hide, a packing mask does not (it is an additive
-bias of [B, 1, T, T] with a gradient of its own), so the mask is passed only where rows are packed and, there, has to
-carry the window too: cuDNN refuses a window beside a bias. A `jax.checkpoint` policy sees the forward primitive itself
-(`attention.keep_residuals`), hence nothing is wrapped around it here.
+bias of [B, 1, T, T]), so it is passed only where rows are packed and, there, has to carry the window too: cuDNN refuses
+a window beside a bias. A `jax.checkpoint` policy sees the forward primitive itself ("dot_product_attention_fwd" in its
+name), hence nothing is wrapped around it here.
 """
 
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-
-MASK_LIMIT = 2**29
-"""Elements of the packing mask on one device; in bfloat16, with its gradient, 2 GiB."""
 
 
 def attend(
@@ -44,7 +41,7 @@ def attend(
 
 
 def packing_mask(segments_BT: jax.Array, window: int | None) -> jax.Array:
-    """bool[B, 1, T, T]: same segment, within the window. Padding sees padding: a row that sees nothing has no softmax."""
+    """bool[B, 1, T, T]: same segment, within the window; padding sees padding, as a softmax needs something to see."""
     mask_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
     if window is not None:
         index = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)

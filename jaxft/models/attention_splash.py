@@ -1,8 +1,7 @@
 """Attention by the splash kernel on TPU: causal, packed, windowed, soft-capped, grouped heads.
 
 Unusual: a Pallas kernel is opaque to the partitioner, so under a mesh each device runs it on its own rows and heads
-(`jax.shard_map`), and the scale is multiplied into q, one more rounding in bfloat16. The kernel object is cached: its
-mask is a closure, and a new one would compile anew.
+(`jax.shard_map`), and the scale is multiplied into q, one more rounding in bfloat16.
 """
 
 import functools
@@ -10,15 +9,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
-from jaxft.models import attention_xla
-
-BLOCKS = (512, 384, 256, 128)
-"""Block lengths, best first; a row's length has to be a multiple of one of them."""
+from jaxft.models import attention_choice, attention_xla
 
 
 def attend(
@@ -42,7 +37,7 @@ def attend(
         return rearrange(jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v), "b n t h -> b t n h")
     out = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segments_BT)
     out_BTNH = rearrange(out, "b n t h -> b t n h")
-    return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, jnp.zeros((), out_BTNH.dtype))
+    return jnp.where((segments_BT != 0)[:, :, None, None], out_BTNH, jnp.zeros((), q_BTNH.dtype))
 
 
 def attend_sharded(
@@ -68,27 +63,17 @@ def attend_sharded(
     rows, spec = P(batch_axes or None), P(batch_axes or None, None, head_axes or None)
     free = {a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != jax.sharding.AxisType.Manual}
     # The kernel's outputs do not say over which axes they vary, hence check_vma=False.
-    if segments_BT is None:
-        f = jax.shard_map(
-            lambda q, k, v: run(q, k, v, None),
-            mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, axis_names=free, check_vma=False,
-        )  # fmt: skip
-        return f(q_BTNH, k_BTKH, v_BTKH)
     f = jax.shard_map(
         run, mesh=mesh, in_specs=(spec, spec, spec, rows), out_specs=spec, axis_names=free, check_vma=False
     )
     return f(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def block_length(T: int) -> int | None:
-    """The block a row of T tokens is cut into, or None where none divides it."""
-    return next((b for b in BLOCKS if T % b == 0), None)
-
-
-@functools.lru_cache(maxsize=64)
 def _kernel(T: int, N: int, window: int | None, softcap: float | None, causal: bool, interpret: bool):
-    """The kernel for N heads over T tokens, its block lists as numpy arrays (constants of whatever traces it)."""
-    b = block_length(T)
+    """The kernel for N heads over T tokens; the library itself keeps the lists of blocks it makes from a mask."""
+    b = attention_choice.splash_block(T)
+    if b is None:
+        raise ValueError(f"splash attention: got rows of {T} tokens; expected a multiple of 128: pad the rows")
     blocks = splash.BlockSizes(
         block_q=b, block_kv=b, block_kv_compute=b,
         block_q_dkv=b, block_kv_dkv=b, block_kv_dkv_compute=b,
@@ -98,14 +83,12 @@ def _kernel(T: int, N: int, window: int | None, softcap: float | None, causal: b
         mask = splash.LocalMask((T, T), (window - 1, 0 if causal else None), offset=0)
     else:
         mask = splash.CausalMask((T, T)) if causal else splash.FullMask((T, T))
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * N),
-            block_sizes=blocks,
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=softcap,
-            residual_checkpoint_name=attention_xla.RESIDUALS,
-            interpret=interpret,
-        )
-    return jax.tree.map(np.asarray, kernel)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * N),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=attention_xla.RESIDUALS,
+        interpret=interpret,
+    )

@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-RESIDUALS = "attention"
+RESIDUALS = "attn"
 """Name under which output and log-sum-exp are offered to a `jax.checkpoint` policy."""
 
 BLOCK = 512
@@ -120,14 +120,14 @@ def _cut_ids(ids: Ids, grid: _Grid) -> Ids:
 def _keep(spec: Spec, grid: _Grid, ids: Ids, i: jax.Array, j: jax.Array) -> jax.Array | None:
     """What block i of the queries sees of block j of the keys: bool[B or 1, 1, 1, c, d], or None for everything."""
     key_index = j * grid.d + jnp.arange(grid.d, dtype=jnp.int32)
-    if spec.aligned:
+    if ids.q_positions is None or ids.k_positions is None:
         distance = (i * grid.c + jnp.arange(grid.c, dtype=jnp.int32))[None, :, None] - key_index
     else:
         distance = _at(ids.q_positions, i)[:, :, None] - _at(ids.k_positions, j)[:, None, :]
     keep = [distance >= 0] if spec.causal else []
     if spec.window is not None:
         keep.append(distance < spec.window)
-    if ids.q_segments is not None:
+    if ids.q_segments is not None and ids.k_segments is not None:
         q_segments, k_segments = _at(ids.q_segments, i)[:, :, None], _at(ids.k_segments, j)[:, None, :]
         keep += [q_segments == k_segments, k_segments != 0]
     if grid.columns * grid.d != grid.S:
