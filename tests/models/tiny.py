@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 SIZES = {
     "vocab_size": 97,
@@ -28,7 +28,70 @@ SIZES = {
 
 
 def llama(**changes: Any) -> PretrainedConfig:
-    return LlamaConfig(**{**SIZES, "head_dim": 8, **changes})
+    return transformers.LlamaConfig(**{**SIZES, "head_dim": 8, **changes})
+
+
+def mistral(**changes: Any) -> PretrainedConfig:
+    return transformers.MistralConfig(**{**SIZES, "sliding_window": 6, **changes})
+
+
+def qwen2(**changes: Any) -> PretrainedConfig:
+    return transformers.Qwen2Config(**{**SIZES, **changes})
+
+
+def qwen3(**changes: Any) -> PretrainedConfig:
+    return transformers.Qwen3Config(**{**SIZES, "head_dim": 16, **changes})
+
+
+def gpt2(**changes: Any) -> PretrainedConfig:
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    ids = {name: SIZES[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return transformers.GPT2Config(**{**sizes, **ids, **changes})
+
+
+def gpt_neox(**changes: Any) -> PretrainedConfig:
+    sizes = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+    return transformers.GPTNeoXConfig(**{**sizes, "hidden_size": 64, **changes})
+
+
+def gemma2(**changes: Any) -> PretrainedConfig:
+    """Caps low enough to bend the scores and logits of a tiny model."""
+    own = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6, "num_hidden_layers": 4}
+    caps = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0, "tie_word_embeddings": True}
+    return transformers.Gemma2Config(**{**SIZES, **own, **caps, **changes})
+
+
+def gemma3_text(**changes: Any) -> PretrainedConfig:
+    """Two local layers to a global one, and one local layer over: no period divides the depth."""
+    own = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6, "num_hidden_layers": 4}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    ropes = {"full_attention": rope("linear", 5000.0, factor=4.0), "sliding_attention": rope("default", 100.0)}
+    more = {"layer_types": kinds, "rope_parameters": ropes, "tie_word_embeddings": True}
+    return transformers.Gemma3TextConfig(**{**SIZES, **own, **more, **changes})
+
+
+def phi3(**changes: Any) -> PretrainedConfig:
+    return transformers.Phi3Config(**{**SIZES, "original_max_position_embeddings": 64, **changes})
+
+
+def olmo2(**changes: Any) -> PretrainedConfig:
+    return transformers.Olmo2Config(**{**SIZES, **changes})
+
+
+def granite(**changes: Any) -> PretrainedConfig:
+    scales = {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 4.0,
+    }
+    return transformers.GraniteConfig(**{**SIZES, **scales, **changes})
+
+
+def smollm3(**changes: Any) -> PretrainedConfig:
+    """Every other layer without positions."""
+    own = {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "tie_word_embeddings": True}
+    return transformers.SmolLM3Config(**{**SIZES, **own, **changes})
 
 
 def rope(rope_type: str, theta: float = 1000.0, **settings: Any) -> dict[str, Any]:
@@ -61,6 +124,57 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         rope_parameters=rope(
             "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
         )
+    ),
+    "mistral": mistral,  # every layer slides
+    "mistral_full": lambda: mistral(sliding_window=None, head_dim=16, num_key_value_heads=4, tie_word_embeddings=True),
+    "mistral_mqa": lambda: mistral(num_key_value_heads=1),
+    "qwen2": qwen2,
+    "qwen2_window": lambda: qwen2(use_sliding_window=True, sliding_window=6, max_window_layers=1, num_hidden_layers=4),
+    "qwen2_tied_mqa": lambda: qwen2(tie_word_embeddings=True, num_key_value_heads=1),
+    "qwen3": qwen3,
+    "qwen3_window": lambda: qwen3(
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        attention_bias=True,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": gpt2,
+    "gpt2_untied": lambda: gpt2(tie_word_embeddings=False, n_inner=40, activation_function="gelu"),
+    "gpt2_by_depth": lambda: gpt2(scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True),
+    "gpt2_unscaled": lambda: gpt2(scale_attn_weights=False, activation_function="relu"),
+    "gpt_neox": gpt_neox,  # attention and mlp side by side, a quarter of each head rotated
+    "gpt_neox_serial": lambda: gpt_neox(use_parallel_residual=False, attention_bias=False, hidden_act="gelu_fast"),
+    "gpt_neox_tied": lambda: gpt_neox(
+        tie_word_embeddings=True, rope_parameters=rope("linear", factor=2.0, partial_rotary_factor=1.0)
+    ),
+    "gemma2": gemma2,
+    "gemma2_mha_bias": lambda: gemma2(num_key_value_heads=4, attention_bias=True, tie_word_embeddings=False),
+    "gemma2_uncapped": lambda: gemma2(
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        layer_types=["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    "gemma3_text": gemma3_text,
+    "gemma3_text_capped": lambda: gemma3_text(
+        final_logit_softcapping=2.0, attn_logit_softcapping=1.0, num_key_value_heads=1, tie_word_embeddings=False
+    ),
+    "phi3": phi3,
+    "phi3_mha_window": lambda: phi3(num_key_value_heads=4, sliding_window=6, tie_word_embeddings=True),
+    "phi3_longrope": lambda: phi3(
+        original_max_position_embeddings=16,
+        rope_parameters=rope("longrope", short_factor=[1.0, 1.3], long_factor=[1.5, 4.0], partial_rotary_factor=0.5),
+    ),
+    "olmo2": olmo2,
+    "olmo2_mha_bias": lambda: olmo2(num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True),
+    "granite": granite,
+    "granite_tied_bias": lambda: granite(
+        tie_word_embeddings=True, attention_bias=True, mlp_bias=True, num_key_value_heads=1
+    ),
+    "smollm3": smollm3,
+    "smollm3_window": lambda: smollm3(
+        use_sliding_window=True, sliding_window=6, num_key_value_heads=1, tie_word_embeddings=False, mlp_bias=True
     ),
 }
 
