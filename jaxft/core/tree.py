@@ -85,9 +85,9 @@ def replace(params: Params, path: str, value: Any) -> Params:
 
 
 def wrap(params: Params, path: str, fn: Callable[[Any], Any]) -> Params:
-    """Replaces the weight at ``path`` by ``fn(weight)``; a map on the matrix goes inside an Affine."""
+    """Replaces the weight at ``path`` by ``fn(weight)``; a map on the matrix goes inside an Affine or an Untied."""
     old = get(params, path)
-    inner = isinstance(old, weights.Affine)
+    inner = isinstance(old, weights.Affine | weights.Untied)
     return replace(params, path, dataclasses.replace(old, base=fn(old.base)) if inner else fn(old))
 
 
@@ -103,7 +103,10 @@ def strip(params: Params) -> Params:
     def bare(w: Any) -> Any:
         if not isinstance(w, Weight):
             return w
-        return bare(w.base) if w.adapter else _rebuild(w, lambda f, v: bare(v))
+        if w.adapter:
+            return bare(w.base)
+        w = _rebuild(w, lambda f, v: bare(v))
+        return w.base if isinstance(w, weights.Untied) and w.head is w.base else w
 
     return jax.tree.map(bare, params, is_leaf=is_weight)
 

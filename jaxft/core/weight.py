@@ -60,6 +60,7 @@ class Weight:
 
     __array_ufunc__ = None  # numpy hands `x @ w` over instead of iterating over w
     adapter: ClassVar[bool] = True  # wraps a base that `strip` gives back; False for parts of the model itself
+    tied: bool | None = None  # a field of what may stand at an embedding: see InPlace
     base: Any
 
     @property

@@ -11,9 +11,27 @@ from typing import Any
 import jax
 
 from jaxft.core import tree
-from jaxft.peft import full, lora
+from jaxft.peft import full, lora, lora_hf
 from jaxft.peft.full import Full
-from jaxft.peft.lora import LoRA
+from jaxft.peft.lora import LoRA, LoRAWeight
+
+
+@dataclass(frozen=True)
+class Format:
+    """A method's own part of Hugging Face's adapter format; `hf` has what all methods share."""
+
+    peft_type: str
+    """Its name in adapter_config.json."""
+    leaf: type
+    """The Weight that holds it."""
+    fields: tuple[str, ...]
+    """Config fields that are read, or that change nothing a trained adapter computes; any other set one is refused."""
+    export: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+    """(leaves by path, params, names, num_layers) -> (config fields, tensors)."""
+    refuse: Callable[..., None]
+    """(where, config): raises AdapterError for a value of a known field that is not understood."""
+    restore: Callable[..., tree.Params]
+    """(where, config, tensors, params, names) -> params; takes out of ``tensors`` what it uses."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +44,16 @@ class Method:
     """Default peak learning rate with AdamW."""
     select: Callable[[Any], str | None] = lambda config: None
     """The pattern of plain arrays that train besides the method's own fields."""
+    hf: Format | None = None
+    """How it is stored in Hugging Face's format; None for a method that has no adapter of its own."""
+
+
+LORA = Format("LORA", LoRAWeight, lora_hf.FIELDS, lora_hf.export, lora_hf.refuse_unknown, lora_hf.restore)
 
 
 METHODS: dict[str, Method] = {
     "full": Method(Full, full.adapt, lr=2e-5, select=lambda config: config.select),
-    "lora": Method(LoRA, lora.adapt, lr=2e-4),
+    "lora": Method(LoRA, lora.adapt, lr=2e-4, hf=LORA),
 }
 
 
@@ -54,4 +77,4 @@ def adapt(model: Any, key: jax.Array, method: Any) -> tree.Params:
     return params
 
 
-__all__ = ["METHODS", "Full", "LoRA", "Method", "adapt", "method_of"]
+__all__ = ["METHODS", "Format", "Full", "LoRA", "Method", "adapt", "method_of"]

@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.core import tree, verbs
 from jaxft.core.names import Names
 from jaxft.core.weight import Untied, Weight, parameter, static, trainable, weight
+from jaxft.peft import places, whole
 from jaxft.peft import targets as targets_
-from jaxft.peft import whole
 from jaxft.peft.targets import Target
 
 
@@ -52,6 +52,8 @@ class LoRA:
     """Layer indices to adapt; default: all."""
     modules_to_save: tuple[str, ...] = ()
     """Modules trained whole and saved beside the adapter, such as embed_tokens or lm_head."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases trained too: none, all of the model's, or those of the adapted modules."""
     ensure_weight_tying: bool = False
     """Whether a tied head follows a trained embedding; otherwise, as in peft, it keeps the original."""
 
@@ -85,12 +87,15 @@ class LoRAWeight(Weight):
         z = checkpoint_name(x @ self.a.astype(x.dtype), "adapter")
         return (z * scale) @ self.b.astype(x.dtype)
 
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        """The adapter's own input: features dropped while training, the same as ``x`` in evaluation."""
+        if self.key is None or self.rate == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
+        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+
     def __rmatmul__(self, x):
-        dropped = x
-        if self.key is not None and self.rate > 0.0:
-            keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
-            dropped = jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
-        return x @ self.base + self._delta(dropped)
+        return x @ self.base + self._delta(self._dropped(x))
 
     def take(self, ids):
         rows = verbs.take(self.base, ids)
@@ -101,11 +106,12 @@ class LoRAWeight(Weight):
         y = verbs.unembed(self.base, x)
         if not self.tied:
             return y
-        return y + ((x @ self.b.astype(x.dtype).T) * self.scale.astype(x.dtype)) @ self.a.astype(x.dtype).T
+        low = self._dropped(x) @ self.b.astype(x.dtype).T
+        return y + (low * self.scale.astype(x.dtype)) @ self.a.astype(x.dtype).T
 
     def ragged_dot(self, x, group_sizes):
         a = (self.a * self.scale[..., None, None]).astype(x.dtype)
-        low = jax.lax.ragged_dot(x, a, group_sizes)
+        low = jax.lax.ragged_dot(self._dropped(x), a, group_sizes)
         return verbs.ragged_dot(x, self.base, group_sizes) + jax.lax.ragged_dot(
             low, self.b.astype(x.dtype), group_sizes
         )
@@ -132,21 +138,26 @@ class LoRAWeight(Weight):
 
 
 def adapt(params: tree.Params, names: Names, key: jax.Array, config: LoRA) -> tree.Params:
-    """Wraps the targets in `LoRAWeight` (identity at initialisation) and trains `modules_to_save` whole.
+    """Wraps the targets in `LoRAWeight` (identity at initialisation); trains `modules_to_save` and `bias` in place.
 
     Raises ValueError naming a target or module that matches nothing."""
     num_layers = tree.num_layers(params)
     found = targets_.find(
-        names,
+        places.rows(names),
         num_layers,
         config.targets,
         exclude=config.exclude,
         layers=config.layers,
         saved=config.modules_to_save,
     )
+    if config.ensure_weight_tying and any(t.name.path == places.TOKENS for t in found):
+        found = [t for t in found if not places.is_tied_head(params, t.name)]  # the head follows the embedding
     for i, target in enumerate(found):
         params = _wrap(params, target, jax.random.fold_in(key, i), config)
-    return whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)
+    params = whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)
+    if config.bias != "none":
+        params = whole.adapt_biases(params, names, config.bias, {t.name.path for t in found})
+    return params
 
 
 def _wrap(params: tree.Params, target: Target, key: jax.Array, config: LoRA) -> tree.Params:
@@ -155,24 +166,31 @@ def _wrap(params: tree.Params, target: Target, key: jax.Array, config: LoRA) -> 
     ranks = np.where(target.layers, ranks, 0).astype(np.int32)
     alpha = 2.0 * config.rank if config.alpha is None else config.alpha
     alphas = targets_.pattern_values(target.modules, dict(config.alpha_pattern), alpha).reshape(shape)
-    divisor = np.maximum(np.sqrt(ranks) if config.rslora else ranks, 1)
-    scale = jnp.asarray(np.where(ranks > 0, alphas / divisor, 0.0), jnp.float32)
     embedding = target.name.kind == "embedding"
+    flipped = places.is_tied_head(params, target.name)
+    follows = places.head_follows(params, target.name, config.ensure_weight_tying)
 
     def wrapped(base: Any) -> LoRAWeight:
-        a, b = init(key, base.shape, ranks, "embedding" if embedding else config.init)
+        size = base.shape[::-1] if flipped else base.shape
+        a, b = init(key, size, ranks, "embedding" if embedding else config.init)
         return LoRAWeight(
             base=base,
-            a=a,
-            b=b,
-            scale=scale,
+            a=b.T if flipped else a,
+            b=a.T if flipped else b,
+            scale=jnp.asarray(scales(ranks, alphas, config.rslora)),
             rank=jnp.asarray(ranks),
             rate=0.0 if embedding else config.dropout,
             rslora=config.rslora,
-            tied=whole.head_follows(params, target.name, config.ensure_weight_tying),
+            tied=True if flipped else follows,
         )
 
-    return tree.wrap(params, target.name.path, wrapped)
+    return places.wrap(params, target.name, wrapped)
+
+
+def scales(ranks: np.ndarray, alphas: np.ndarray, rslora: bool) -> np.ndarray:
+    """float32: alpha / rank, or alpha / sqrt(rank); 0 where the rank is 0 (a layer that is not adapted)."""
+    divisor = np.maximum(np.sqrt(ranks) if rslora else ranks, 1)
+    return np.where(ranks > 0, alphas / divisor, 0.0).astype(np.float32)
 
 
 def init(key: jax.Array, shape: tuple[int, ...], ranks: np.ndarray, how: str) -> tuple[jax.Array, jax.Array]:

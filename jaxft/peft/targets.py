@@ -9,6 +9,7 @@ are stacked, so a match is a boolean for each layer. Unlike peft, each target th
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,23 +50,34 @@ def find(
 
     Raises ValueError naming each target that selects nothing."""
     targets = targets if isinstance(targets, str) else tuple(targets)
-    everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    found: list[Target] = []
-    for name in names:
-        if name.kind not in ADAPTABLE or (everything and (name.kind == "embedding" or name.path == "head")):
-            continue
-        modules = name.modules(num_layers)
-        hit = np.array([
-            (everything or matches(m, name.path, targets))
-            and not (exclude and matches(m, name.path, exclude))
-            and not any(re.match(rf"(^|.*\.){s}($|\..*)", m) for s in saved)
-            and (layers is None or _in_layers(name, i, m, targets, layers))
-            for i, m in enumerate(modules)
-        ])  # fmt: skip
-        if hit.any():
-            found.append(Target(name, hit if name.stacked else hit[0], modules))
+    each = (of_row(name, num_layers, targets, exclude=exclude, layers=layers, saved=saved) for name in names)
+    found = [target for target in each if target is not None]
     _refuse_unmatched("targets", targets, found, names, num_layers)
     return found
+
+
+def of_row(
+    name: Name,
+    num_layers: int,
+    targets: Targets,
+    *,
+    exclude: Targets = (),
+    layers: Sequence[int] | None = None,
+    saved: Sequence[str] = (),
+) -> Target | None:
+    """What ``targets`` selects of one row, by peft's rules; None for nothing."""
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    if name.kind not in ADAPTABLE or (everything and (name.kind == "embedding" or name.path == "head")):
+        return None
+    modules = name.modules(num_layers)
+    hit = np.array([
+        (everything or matches(m, name.path, targets))
+        and not (exclude and matches(m, name.path, exclude))
+        and not any(re.match(rf"(^|.*\.){s}($|\..*)", m) for s in saved)
+        and (layers is None or _in_layers(name, i, m, targets, layers))
+        for i, m in enumerate(modules)
+    ])  # fmt: skip
+    return Target(name, hit if name.stacked else hit[0], modules) if hit.any() else None
 
 
 def find_whole(names: Names, num_layers: int, modules: Sequence[str]) -> list[Name]:
@@ -133,3 +145,51 @@ def pattern_values(modules: Sequence[str], pattern: dict[str, float], default: f
         return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
     return np.array([value(m) for m in modules])
+
+
+def describe(chosen: dict[str, np.ndarray], names: Names, num_layers: int) -> tuple[list[str], list[int] | None]:
+    """The shortest (target_modules, layers_to_transform) with which peft selects exactly ``chosen``.
+
+    ``chosen``: by path, the layers adapted (bool[L] or bool[])."""
+    rows = [name for name in names if name.path in chosen]
+    full = sorted(m for n in rows for m in adapted(n, num_layers, chosen[n.path]))
+    stacked = [tuple(chosen[n.path]) for n in rows if n.stacked]
+    layers = None if all(all(hits) for hits in stacked) else [i for i, hit in enumerate(stacked[0]) if hit]
+    if len(set(stacked)) > 1 or (layers is not None and len(stacked) < len(rows)):
+        return full, None
+    endings = sorted({ending(name, names) for name in rows})
+    found = find(names, num_layers, tuple(endings), layers=layers)
+    exact = {t.name.path for t in found} == set(chosen) and all((t.layers == chosen[t.name.path]).all() for t in found)
+    return (endings, layers) if exact else (full, None)
+
+
+def ending(name: Name, names: Names, dot: str = ".") -> str:
+    """The shortest ending of a row's module name, in whole parts, that no other row's module has.
+
+    ``dot``: what precedes it where it matches; nothing for modules_to_save, which peft compares as plain text."""
+    others = [other.module.format(0) for other in names if other.path != name.path]
+    parts = name.module.split(".")
+    own = parts[parts.index("{}") + 1 :] if name.stacked else parts
+    for n in range(1, len(own) + 1):
+        text = ".".join(own[-n:])
+        if not any(other == text or other.endswith(dot + text) for other in others):
+            return text
+    return ".".join(own)
+
+
+def patterns(chosen: dict[str, np.ndarray], names: Names, num_layers: int, values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` by full module name, shortened as peft's rank and alpha patterns: by ending where all layers agree."""
+    found: dict[str, Any] = {}
+    for name in names:
+        if name.path in chosen:
+            modules = adapted(name, num_layers, chosen[name.path])
+            distinct = {values[m] for m in modules}
+            found |= (
+                {ending(name, names): v for v in distinct} if len(distinct) == 1 else {m: values[m] for m in modules}
+            )
+    return found
+
+
+def adapted(name: Name, num_layers: int, layers: np.ndarray) -> list[str]:
+    """Modules of the layers (bool[L] or bool[]) of one row."""
+    return [m for m, hit in zip(name.modules(num_layers), np.atleast_1d(layers), strict=True) if hit]

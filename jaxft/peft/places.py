@@ -1,0 +1,70 @@
+"""Where the weight of a module lies in our tree: behind a bias, or beside the embedding for a tied head.
+
+A tied head has no array of its own, yet torch has a module for it, and peft adapts or retrains that module alone. Here
+it is the ``head`` of an `Untied` embedding, [vocab, features], whose frozen part is the embedding's own buffer.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxft.core import tree
+from jaxft.core.names import Name, Names
+from jaxft.core.weight import Affine, Untied, Weight
+
+TOKENS, HEAD = "embed/tokens", "head"
+
+
+def rows(names: Names) -> Names:
+    """The names with a row for the head, which a tied model's own names leave out."""
+    if any(name.path == HEAD for name in names) or not any(name.path == TOKENS for name in names):
+        return names
+    module = "embed_out" if names[0].module.startswith("gpt_neox.") else "lm_head"
+    return (*names, Name(HEAD, module, "linear"))
+
+
+def is_tied_head(params: tree.Params, name: Name) -> bool:
+    """Whether this row is a head that the model computes with its embedding."""
+    return name.path == HEAD and HEAD not in params
+
+
+def head_follows(params: tree.Params, name: Name, ensure_weight_tying: bool) -> bool | None:
+    """Whether the head tied to this weight follows what is trained; None if no head is tied to it."""
+    tied = name.path == TOKENS and HEAD not in params and not isinstance(tree.get(params, TOKENS), Untied)
+    return ensure_weight_tying if tied else None
+
+
+def get(params: tree.Params, name: Name) -> Any:
+    """The weight of a row without its bias, or trained whole with it; None for a tied head that is only tied."""
+    if is_tied_head(params, name):
+        tokens = tree.get(params, TOKENS)
+        return tokens.head if isinstance(tokens, Untied) else None
+    w = tree.get(params, name.path)
+    return w.base if isinstance(w, Affine | Untied) else w
+
+
+def wrap(params: tree.Params, name: Name, fn: Callable[[Any], Any]) -> tree.Params:
+    """Replaces the weight of a row by ``fn(weight)``: inside a bias; for a tied head, beside the embedding."""
+    if not is_tied_head(params, name):
+        return tree.wrap(params, name.path, fn)
+    tokens = tree.get(params, TOKENS)
+    if not isinstance(tokens, Untied):
+        bare = tree.strip(tokens)
+        # an adapter of the look-up no longer has a head to think of
+        tokens = Untied(bare if tokens is bare else dataclasses.replace(tokens, tied=None), bare)
+    return tree.replace(params, TOKENS, dataclasses.replace(tokens, head=fn(tokens.head)))
+
+
+def put(params: tree.Params, name: Name, weight: Any) -> tree.Params:
+    """Replaces what `get` returned."""
+    if is_tied_head(params, name):
+        return tree.replace(params, TOKENS, dataclasses.replace(tree.get(params, TOKENS), head=weight))
+    w = tree.get(params, name.path)
+    wrapped = isinstance(w, Affine | Untied)
+    return tree.replace(params, name.path, dataclasses.replace(w, base=weight) if wrapped else weight)
+
+
+def follows(params: tree.Params, names: Names) -> bool:
+    """Whether a tied head follows a trained or adapted embedding."""
+    w = next((get(params, name) for name in names if name.path == TOKENS), None)
+    return isinstance(w, Weight) and w.adapter and w.tied is True

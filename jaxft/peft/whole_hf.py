@@ -1,0 +1,178 @@
+"""Modules and biases trained whole, and replaced embeddings, in peft's format.
+
+``modules_to_save``: ``M.weight`` (and ``M.bias``) as torch holds them. Biases: ``M.bias``, or ``M.base_layer.bias``
+where M is adapted. When peft adapts an embedding, or the vocabulary was resized, it also saves that module's base
+weight, which then replaces the model's own.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.core import tree
+from jaxft.core.names import Name, Names
+from jaxft.core.weight import Affine, InPlace, Untied, Weight
+from jaxft.peft import disk, places, targets, whole
+from jaxft.peft.disk import AdapterError, Tensors
+
+Fields = dict[str, Any]
+
+
+def export(params: tree.Params, names: Names, num_layers: int) -> tuple[Fields, Tensors]:
+    """``modules_to_save`` and its tensors."""
+    saved: list[str] = []
+    tensors: Tensors = {}
+    for name in names:
+        w = places.get(params, name)
+        if name.kind == "norm":
+            held = all(isinstance(vector, InPlace) for vector in w.values())
+            arrays = {_NORM[field]: vector.value for field, vector in w.items()} if held else {}
+        elif isinstance(w, InPlace):
+            value = w.value
+            arrays = {"weight": value.base, "bias": value.bias} if isinstance(value, Affine) else {"weight": value}
+        else:
+            continue
+        if arrays:
+            saved.append(targets.ending(name, names, dot=""))
+            tensors |= _layers(name, arrays, num_layers, _transposed(params, name))
+            if name.path == places.TOKENS and w.tied:  # peft stores the tied head with it
+                tensors |= {f"{n.module}.weight": disk.host(w.value) for n in names if n.path == places.HEAD}
+    return {"modules_to_save": saved or None}, tensors
+
+
+_NORM = {"scale": "weight", "bias": "bias"}
+
+
+def _transposed(params: tree.Params, name: Name) -> bool:
+    """Whether torch holds the matrix the other way round; a tied head is held as torch does."""
+    return name.kind == "linear" and not places.is_tied_head(params, name)
+
+
+def _layers(name: Name, arrays: dict[str, Any], num_layers: int, transposed: bool) -> Tensors:
+    """Each layer's tensors: ``module.key``."""
+    out: Tensors = {}
+    for key, stack in arrays.items():
+        stack = disk.host(stack) if name.stacked else disk.host(stack)[None]
+        for module, array in zip(name.modules(num_layers), stack, strict=True):
+            out[f"{module}.{key}"] = array.T if transposed and key == "weight" else array
+    return out
+
+
+def export_biases(
+    where: object, params: tree.Params, names: Names, num_layers: int, found: dict[str, Any]
+) -> tuple[Fields, Tensors]:
+    """``bias`` and its tensors; ``found``: the adapted paths. Raises AdapterError for a choice peft has no word for."""
+    trained: set[str] = set()
+    tensors: Tensors = {}
+    for name in names:
+        w = tree.get(params, name.path) if name.bias else None
+        bias = w["bias"] if isinstance(w, dict) else w.bias if isinstance(w, Affine) else None
+        whole_norm = isinstance(w, dict) and isinstance(w["scale"], InPlace)
+        if isinstance(bias, InPlace) and not whole_norm:
+            trained.add(name.path)
+            key = "base_layer.bias" if name.path in found else "bias"
+            tensors |= _layers(name, {key: bias.value}, num_layers, False)
+    biased = {n.path for n in names if n.bias and not isinstance(places.get(params, n), InPlace)}
+    for word, paths in (("none", set()), ("lora_only", biased & set(found)), ("all", biased)):
+        if trained == paths:
+            return {"bias": word}, tensors
+    expected = "all of the model's biases or those of the adapted modules"
+    raise AdapterError(where, f"trained biases of {disk.some(sorted(trained))}", expected)
+
+
+def replace_bases(where: object, tensors: Tensors, params: tree.Params, rows: list[Name]) -> tree.Params:
+    """Puts base weights that were saved with the adapter (of ``rows``, not trained whole) in the model's place."""
+    for name in rows:
+        if name.kind == "embedding" or name.path == places.HEAD:
+            for key in (f"{name.module}.base_layer.weight", f"{name.module}.weight"):
+                if key in tensors:
+                    params = _replace_base(where, key, tensors.pop(key), params, name)
+    return params
+
+
+def _replace_base(where: object, key: str, array: np.ndarray, params: tree.Params, name: Name) -> tree.Params:
+    tied = places.is_tied_head(params, name)
+    old = tree.get(params, places.TOKENS if tied else name.path)
+    array = array.T if _transposed(params, name) else array
+    if array.shape != tuple(old.shape):
+        remedy = "The vocabulary was resized before training: load a base model with that many rows."
+        raise AdapterError(f"{where}: {key}", f"shape {list(array.shape)}", f"{list(old.shape)}", remedy)
+    new = jnp.asarray(array).astype(old.dtype)
+    if not isinstance(old, Weight) and bool(jnp.array_equal(new, old)):
+        return params
+    if tied:
+        return tree.replace(params, places.TOKENS, Untied(old, new))
+    return tree.replace(params, name.path, new)
+
+
+def restore(
+    where: object, config: Fields, tensors: Tensors, params: tree.Params, names: Names, saved: list[Name]
+) -> tree.Params:
+    """Trains the modules of ``saved`` whole, from their tensors."""
+    tying = bool(config.get("ensure_weight_tying"))
+    for name in saved:
+        params = whole.wrap(params, name, tying)
+        w = places.get(params, name)
+        if name.kind == "norm":
+            filled = {field: _filled(where, tensors, name, _NORM[field], vector) for field, vector in w.items()}
+            params = tree.replace(params, name.path, filled)
+        elif isinstance(w, InPlace):  # else a tied head that follows the embedding
+            params = places.put(params, name, _filled_module(where, tensors, params, name, w))
+    if saved and places.follows(params, names):  # peft stores the head that follows it too
+        for name in names:
+            tensors.pop(f"{name.module}.weight" if name.path == places.HEAD else "", None)
+    return params
+
+
+def restore_biases(where: object, config: Fields, tensors: Tensors, params: tree.Params, names: Names) -> tree.Params:
+    """Trains the biases that have tensors, if the config says so."""
+    if config.get("bias", "none") == "none":
+        return params
+    num_layers = tree.num_layers(params)
+    for name in names:
+        modules = name.modules(num_layers)
+        held = {m: key for m in modules for key in (f"{m}.base_layer.bias", f"{m}.bias") if key in tensors}
+        if not name.bias or not held:
+            continue
+        params = whole.wrap_bias(params, name)
+        w = tree.get(params, name.path)
+        bias = w["bias"] if isinstance(w, dict) else w.bias
+        value = np.array(disk.host(bias.value))
+        for i, module in enumerate(modules):
+            if module in held:
+                array = _take(where, tensors, held[module], value.shape[-1:])
+                value[i if name.stacked else ...] = array
+        bias = dataclasses.replace(bias, value=jnp.asarray(value))
+        filled = {**w, "bias": bias} if isinstance(w, dict) else dataclasses.replace(w, bias=bias)
+        params = tree.replace(params, name.path, filled)
+    return params
+
+
+def _filled_module(where: object, tensors: Tensors, params: tree.Params, name: Name, w: InPlace) -> InPlace:
+    transposed = _transposed(params, name)
+    if not isinstance(w.value, Affine):
+        return _filled(where, tensors, name, "weight", w, transposed)
+    matrix = _filled(where, tensors, name, "weight", InPlace(w.base.base, w.value.base), transposed).value
+    bias = _filled(where, tensors, name, "bias", InPlace(w.base.bias, w.value.bias)).value
+    return dataclasses.replace(w, value=Affine(matrix, bias))
+
+
+def _filled(where: object, tensors: Tensors, name: Name, key: str, w: InPlace, transposed: bool = False) -> InPlace:
+    """The weight with its trained value read, layer by layer."""
+    shape = w.value.shape[1:] if name.stacked else w.value.shape
+    modules = name.modules(w.value.shape[0])
+    arrays = [_take(where, tensors, f"{m}.{key}", shape[::-1] if transposed else shape) for m in modules]
+    arrays = [array.T if transposed else array for array in arrays]
+    return dataclasses.replace(w, value=jnp.asarray(np.stack(arrays) if name.stacked else arrays[0]))
+
+
+def _take(where: object, tensors: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    if key not in tensors:
+        raise AdapterError(where, f"no tensor {key}", "every module of modules_to_save", "It was not saved whole.")
+    array = tensors.pop(key)
+    if array.shape != tuple(shape):
+        remedy = "The adapter was made for another model."
+        raise AdapterError(f"{where}: {key}", f"shape {list(array.shape)}", f"{list(shape)}", remedy)
+    return array.astype(np.float32)
