@@ -21,7 +21,9 @@ def load_saved(place: Path, split: str) -> Any:
     if not isinstance(table, datasets.DatasetDict):
         return table
     if split not in table:
-        raise DataError(str(place), "data.split", repr(split), f"one of {', '.join(table)}", "Set data.split.")
+        raise DataError(
+            str(place), "data.split", repr(split), f"one of {', '.join(map(str, table))}", "Set data.split."
+        )
     return table[split]
 
 

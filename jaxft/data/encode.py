@@ -31,6 +31,9 @@ class Encoder:
     """None for formats without chats."""
     format: str
     loss_on: str
+    prefix: list[int]
+    suffix: list[int]
+    """What stands before and after a text that is not a chat: BOS where the tokenizer puts it itself, and EOS."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def encoder(tokenizer: "PreTrainedTokenizerFast", config: DataConfig, format: st
         got = "a tokenizer without an EOS token"
         remedy = "Set eos_token in tokenizer_config.json."
         raise DataError("", "tokenizer.eos_token", got, "one, to end what is learnt", remedy)
-    return Encoder(tokenizer, render, format, config.loss_on)
+    return Encoder(tokenizer, render, format, config.loss_on, *ends(tokenizer))
 
 
 def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
@@ -116,13 +119,12 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
 def texts_of(encoder: Encoder, row: Row) -> list[Text]:
     """What there is to tokenise in a row."""
     form = formats.convert(row, encoder.format)
-    prefix, suffix = ends(encoder.tokenizer)
     if isinstance(form, formats.Document):
-        return [Text(prefix, form.text, suffix, (layout.Span(0, len(form.text)),))]
+        return [Text(encoder.prefix, form.text, encoder.suffix, (layout.Span(0, len(form.text)),))]
     if isinstance(form, formats.Pair):
         text = form.prompt + form.completion
         start = 0 if encoder.loss_on == "all" else len(form.prompt)
-        return [Text(prefix, text, suffix, (layout.Span(start, len(text)),))]
+        return [Text(encoder.prefix, text, encoder.suffix, (layout.Span(start, len(text)),))]
     assert encoder.render is not None, "a chat in a data set without chats"
     laid = layout.lay_out(form, encoder.render, encoder.loss_on, row.where)
     return [Text([], each.text, [], each.spans) for each in laid]
@@ -130,8 +132,9 @@ def texts_of(encoder: Encoder, row: Row) -> list[Text]:
 
 def ends(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """BOS where the tokenizer itself puts one before a text, and EOS, always."""
-    bos = tokenizer.bos_token_id
-    return [bos] if template.begins_with_bos(tokenizer) and bos is not None else [], [tokenizer.eos_token_id]
+    bos: Any = tokenizer.bos_token_id
+    eos: Any = tokenizer.eos_token_id
+    return [bos] if template.begins_with_bos(tokenizer) else [], [eos]
 
 
 def key_of(row: Row) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -124,12 +124,13 @@ def load(
             raise refusal(chunk.errors)
         chunks.append(chunk)
     offsets = np.concatenate(([0], np.cumsum(np.concatenate([chunk.lengths for chunk in chunks])))).astype(np.int64)
+    padding: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     examples = Examples(
         np.concatenate([chunk.tokens for chunk in chunks]),
         np.concatenate([chunk.loss for chunk in chunks]),
         offsets,
         np.concatenate([chunk.rows for chunk in chunks]),
-        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        padding,
         source,
         reading(len(source), chunks),
     )

@@ -1,13 +1,13 @@
 """Where in a rendered chat the learnt characters are: exactly, for any template.
 
-With `{% generation %}` marks the template says so itself. Without them, what the model is to say in turn k is the
-difference between two renderings: up to and with its reply, and up to the opening of its turn
-(`add_generation_prompt`). That is what it will see and say at inference. A later rendering may show earlier turns
-differently (Qwen3 and DeepSeek strip the thinking of all but the last): then one text cannot teach every turn, and the
-conversation is laid out as several texts, each learning the turns that it shows unchanged. Templates that keep earlier
-turns give one text.
+A reply is found in the rendering that ends with it. `{% generation %}` marks, where the template has them, say what the
+model says; otherwise it is the difference to the opening of its turn (`add_generation_prompt`), which is what the model
+will see and continue at inference. A longer rendering may show the reply differently (Qwen3 and DeepSeek strip the
+thinking of all but the last): then one text cannot teach every turn, and the conversation is laid out as several texts,
+each learning the turns that it shows unchanged. Templates that keep earlier turns give one text.
 
-Every learnt turn ends with its end-of-turn token, learnt too; where a template writes none, EOS is appended.
+Every learnt turn ends with its end-of-turn token, learnt too; where a template writes none, EOS is appended. A reply
+that the template does not show whole is an error.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from jaxft.data import template
 from jaxft.data.errors import DataError, short
 from jaxft.data.formats import Conversation
-from jaxft.data.turns import REMEDY
+from jaxft.data.turns import REASONING, REMEDY
 
 
 class Span(NamedTuple):
@@ -34,6 +34,16 @@ class Laid:
     spans: tuple[Span, ...]
 
 
+class Reply(NamedTuple):
+    """A chat as it stands when the model has replied; `spans` are what it says.
+
+    Beyond `stop` is only what the template writes after a whole chat but not between turns (phi3's EOS)."""
+
+    text: str
+    spans: tuple[Span, ...]
+    stop: int
+
+
 def lay_out(chat: Conversation, render: template.Renderer, loss_on: str, where: str) -> list[Laid]:
     """The texts that teach `chat`: none where nothing is learnt, several only where earlier turns are rewritten."""
     template.check_shown(render, chat.messages, chat.tools, where)
@@ -41,11 +51,16 @@ def lay_out(chat: Conversation, render: template.Renderer, loss_on: str, where: 
         if loss_on == "all":
             return [everything(chat, render, where)]
         turns = learnt_turns(chat, loss_on)
-        marked = by_marks(chat, render, turns) if template.marks_generation(render, chat.tools) else None
-        return [marked] if marked else by_boundaries(chat, render, turns, where)
+        if render.keeps_turns and turns:
+            return [at_once(chat, render, turns, where)]
+        find = marked if template.marks_generation(render, chat.tools) else opened
+        replies = [find(chat, render, turn, where) for turn in turns]
     except template.Refused as error:
         got, remedy = f"messages that the chat template refuses ({error})", "Set another data.template. " + REMEDY
         raise DataError(where, "", got, "a chat it can show", remedy) from error
+    for turn, reply in zip(turns, replies, strict=True):
+        check_said(chat, turn, reply.text[reply.spans[0].start : reply.stop], where)
+    return gather(replies)
 
 
 def learnt_turns(chat: Conversation, loss_on: str) -> list[int]:
@@ -66,80 +81,95 @@ def everything(chat: Conversation, render: template.Renderer, where: str) -> Lai
         got, remedy = "flags on messages with data.loss_on=all", "Use data.loss_on=assistant, where flags count."
         raise DataError(where, "train", got, "no flags", remedy)
     text = template.text(render, chat.messages, chat.tools, prompt=False)
-    if mark_at_end(text, render) is None:
+    check_said(chat, assistant_turns(chat)[-1], text, where)
+    if template.mark_at_end(render, text) is None:
         text = text.rstrip() + render.eos
     return Laid(text, (Span(0, len(text)),))
 
 
-def by_marks(chat: Conversation, render: template.Renderer, turns: list[int]) -> Laid | None:
-    """Use the template's marks; None unless they hold every reply, with an end-of-turn token in or right after them."""
-    text, marks = template.tracked(render, chat.messages, chat.tools)
-    spans, replies = [Span(*mark) for mark in marks], assistant_turns(chat)
-    if len(spans) != len(replies) or any(span.stop <= span.start for span in spans):
-        return None
-    # Nothing but the end of a turn can follow the last reply, so the last reply tells which token that is.
+def at_once(chat: Conversation, render: template.Renderer, turns: list[int], where: str) -> Laid:
+    """One rendering for all turns, with a template of our own, which marks each with its end and never rewrites one."""
+    text, spans = template.tracked(render, chat.messages, chat.tools)
+    found = dict(zip(assistant_turns(chat), spans, strict=True))
+    for turn in turns:
+        check_said(chat, turn, text[slice(*found[turn])], where)
+    return Laid(text, tuple(Span(*found[turn]) for turn in turns))
+
+
+def marked(chat: Conversation, render: template.Renderer, turn: int, where: str) -> Reply:
+    """What the model says in message `turn` as the template marks it, with the end of the turn in the marks or after."""
+    before = template.text(render, chat.messages[:turn], chat.tools, prompt=False)
+    text, found = template.tracked(render, chat.messages[: turn + 1], chat.tools)
+    spans = [Span(*span) for span in found if span[0] >= alike(before, text) and span[0] < span[1]]
+    if not spans:
+        return opened(chat, render, turn, where)
     start, stop = spans[-1]
-    mark = mark_at_end(text[start:stop], render) or mark_at_start(text[stop:], render)
-    if mark is None and len(spans) == 1:
-        text, mark = text[:stop] + render.eos, render.eos
-    closed = [close(text, span, mark) for span in spans] if mark else [None]
-    if None in closed:
-        return None
-    return Laid(text, tuple(span for i, span in zip(replies, closed, strict=True) if span and i in turns))
+    if not template.mark_at_end(render, text[:stop]):
+        after = text[stop:].lstrip()
+        mark = template.mark_at_start(render, after)
+        # Nothing but the end of a turn can follow the last reply.
+        text, stop = (text, len(text) - len(after) + len(mark)) if mark else (text[:stop] + render.eos, None)
+        spans[-1] = Span(start, stop or len(text))
+    stop = spans[-1].stop
+    closed = render.closing and text[:stop].endswith(render.closing)
+    return Reply(text, tuple(spans), stop - len(render.closing) if closed else stop)
 
 
-def close(text: str, span: Span, mark: str) -> Span | None:
-    """The reply up to its end-of-turn token, which is the last thing in it or the first after it."""
-    inside = text[span.start : span.stop].rstrip()
-    if inside.endswith(mark):
-        return Span(span.start, span.start + len(inside))
-    at = len(text) - len(text[span.stop :].lstrip())
-    return Span(span.start, at + len(mark)) if text.startswith(mark, at) else None
-
-
-def mark_at_end(text: str, render: template.Renderer) -> str | None:
-    """The special token that ends the text, white space aside."""
-    return next((mark for mark in render.specials if text.rstrip().endswith(mark)), None)
-
-
-def mark_at_start(text: str, render: template.Renderer) -> str | None:
-    """The special token that begins the text, white space aside."""
-    return next((mark for mark in render.specials if text.lstrip().startswith(mark)), None)
-
-
-class Reply(NamedTuple):
-    """A chat as it stands when the model has replied: `text[start:stop]` is what the model says."""
-
-    text: str
-    start: int
-    stop: int
-
-
-def by_boundaries(chat: Conversation, render: template.Renderer, turns: list[int], where: str) -> list[Laid]:
-    """From the last reply back, each text takes in earlier ones that it shows unchanged; the others get their own."""
-    left = [reply(chat, render, turn, where) for turn in turns]
-    laid: list[Laid] = []
-    while left:
-        last = left.pop()
-        shown = [other for other in left if last.text.startswith(other.text[: other.stop])]
-        left = [other for other in left if other not in shown]
-        laid.append(Laid(last.text, tuple(Span(each.start, each.stop) for each in [*shown, last])))
-    return laid[::-1]
-
-
-def reply(chat: Conversation, render: template.Renderer, turn: int, where: str) -> Reply:
-    """What the model sees and says in message `turn`."""
+def opened(chat: Conversation, render: template.Renderer, turn: int, where: str) -> Reply:
+    """What the model says in message `turn`: all that follows the opening of its turn."""
     opening = template.text(render, chat.messages[:turn], chat.tools, prompt=True)
     text = template.text(render, chat.messages[: turn + 1], chat.tools, prompt=False)
     start = len(opening)
     if not text.startswith(opening) or len(text) == start:
-        same = next((i for i, (a, b) in enumerate(zip(text, opening, strict=False)) if a != b), min(len(text), start))
+        same = alike(text, opening)
         got = f"a reply that the template opens with {short(opening[same:])} and then shows as {short(text[same:])}"
         expected = "a reply that continues its opening; else where it begins is unknown"
-        remedy = "Mark the reply in the template with {% generation %} and pass it as a .jinja file, or use another."
-        raise DataError(where, f"messages[{turn}]", got, expected, remedy)
-    said = text[start:].rstrip()
-    if mark_at_end(said, render):
-        return Reply(text, start, start + len(said))
-    text = text[:start] + said + render.eos
-    return Reply(text, start, len(text))
+        remedy = "Set data.template_options (such as enable_thinking: false), or another template, or mark the reply "
+        raise DataError(where, f"messages[{turn}]", got, expected, remedy + "with {% generation %} in a .jinja file.")
+    end = max(len(text.rstrip()), start)
+    if template.mark_at_end(render, text[start:end]) is None:
+        text = text[:end] + render.eos
+        return Reply(text, (Span(start, len(text)),), len(text))
+    if render.closing and text[start:end].endswith(render.closing):
+        stop = len(text[: end - len(render.closing)].rstrip())
+        return Reply(text, (Span(start, stop), Span(stop, end)), stop)
+    return Reply(text, (Span(start, end),), end)
+
+
+def alike(a: str, b: str) -> int:
+    """How many characters two texts share from the start."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a.startswith(b[:middle]) else (low, middle - 1)
+    return low
+
+
+def gather(replies: list[Reply]) -> list[Laid]:
+    """From the last reply back, each text takes in earlier ones that it shows unchanged; the others get their own."""
+    left, laid = list(replies), []
+    while left:
+        last = left.pop()
+        shown = [other for other in left if last.text.startswith(other.text[: other.stop])]
+        left = [other for other in left if other not in shown]
+        spans = [Span(a, min(b, other.stop)) for other in shown for a, b in other.spans if a < other.stop]
+        laid.append(Laid(last.text, (*spans, *last.spans)))
+    return laid[::-1]
+
+
+def check_said(chat: Conversation, turn: int, said: str, where: str) -> None:
+    """Refuse a template that leaves out part of a reply: its first or last line, its reasoning, or a call."""
+    message = chat.messages[turn]
+    parts = {"content": message["content"]}
+    parts |= {key: message[key] for key in REASONING if isinstance(message.get(key), str)}
+    parts |= {f"tool_calls[{i}]": call["function"]["name"] for i, call in enumerate(message.get("tool_calls", ()))}
+    for field, part in parts.items():
+        lines = [line.strip() for line in part.splitlines() if line.strip()]
+        lost = next((line for line in lines[:1] + lines[-1:] if line not in said), None)
+        if lost is not None:
+            got, expected = (
+                f"{short(lost)}, which the chat template leaves out",
+                "a template that shows the whole reply",
+            )
+            remedy = "Use a template that knows it, set data.template_options, or take it out of the data."
+            raise DataError(where, f"messages[{turn}].{field}", got, expected, remedy)

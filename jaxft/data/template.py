@@ -4,6 +4,7 @@ Two things are unusual. A template that writes today's date would give other tok
 batches: the date is fixed. And what a template would silently leave out (tools, tool calls, reasoning) is an error.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxft.data.errors import DataError
-from jaxft.data.turns import REASONING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,7 +41,12 @@ class Renderer:
     tools: str
     variables: dict[str, Any]
     specials: tuple[str, ...]
+    """Special tokens but BOS, longest first: one of them ends a turn."""
     eos: str
+    keeps_turns: bool = False
+    """Whether it is one of ours: all replies marked with their ends, none rewritten later."""
+    closing: str = ""
+    """The special token that the template writes after a chat, behind the end of the last turn."""
 
 
 def renderer(tokenizer: "PreTrainedTokenizerFast", name: str, options: dict[str, Any]) -> Renderer:
@@ -57,7 +62,8 @@ def renderer(tokenizer: "PreTrainedTokenizerFast", name: str, options: dict[str,
     plain, tools = sources(tokenizer, name)
     variables = {**tokenizer.special_tokens_map, **options}
     marks = tuple(sorted(specials, key=lambda mark: (-len(mark), mark)))
-    return Renderer(freeze_date(plain), freeze_date(tools), variables, marks, eos)
+    render = Renderer(freeze_date(plain), freeze_date(tools), variables, marks, eos, name in SHIPPED)
+    return dataclasses.replace(render, closing=closing(render))
 
 
 def install(tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
@@ -135,7 +141,7 @@ def call(
     from transformers.utils import chat_template_utils
 
     try:
-        texts, spans = chat_template_utils.render_jinja_template(
+        rendered: Any = chat_template_utils.render_jinja_template(
             [list(messages)],
             tools=list(tools) or None,
             chat_template=render.tools if tools else render.plain,
@@ -145,7 +151,32 @@ def call(
         )
     except jinja2.TemplateError as error:
         raise Refused(str(error)) from error
+    texts, spans = rendered
     return texts[0], [(start, stop) for start, stop in spans[0]] if track else []
+
+
+def closing(render: Renderer) -> str:
+    """Show a made-up chat of one exchange, and of two: what follows the first reply only when it is the last."""
+    exchange = ({"role": "user", "content": "jaxft asks"}, {"role": "assistant", "content": "jaxft replies"})
+    try:
+        once, twice = (text(render, exchange * n, (), prompt=False).partition("jaxft replies")[2] for n in (1, 2))
+    except Refused:
+        return ""
+    once = once.rstrip()
+    mark = mark_at_end(render, once)
+    inner = once.removesuffix(mark).rstrip() if mark else once
+    alone = mark is not None and mark_at_end(render, inner) is not None
+    return mark if mark and alone and twice.startswith(inner) and not twice.startswith(once) else ""
+
+
+def mark_at_end(render: Renderer, text: str) -> str | None:
+    """The special token that ends the text, white space aside."""
+    return next((mark for mark in render.specials if text.rstrip().endswith(mark)), None)
+
+
+def mark_at_start(render: Renderer, text: str) -> str | None:
+    """The special token that begins the text, white space aside."""
+    return next((mark for mark in render.specials if text.lstrip().startswith(mark)), None)
 
 
 def check_shown(render: Renderer, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...], where: str) -> None:
@@ -155,7 +186,6 @@ def check_shown(render: Renderer, messages: tuple[dict[str, Any], ...], tools: t
     for field, names, present in (
         ("tools", ("tools",), bool(tools)),
         ("tool_calls", ("tool_calls",), "tool_calls" in keys),
-        ("reasoning_content", REASONING, bool(keys & set(REASONING))),
     ):
         if present and not any(name in source for name in names):
             got = f"a chat with {field}, and a template that does not show them"
