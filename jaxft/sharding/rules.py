@@ -1,0 +1,84 @@
+"""From paths to logical axes, from logical axes to mesh axes.
+
+One table names the axes of every weight of the decoder; one maps those names to the mesh. A wrapped weight asks its
+class how its fields lie along the dense weight's axes, so an adapter is sharded like the matrix it adapts. An axis that
+does not divide is left whole.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxft.core import tree
+from jaxft.core.weight import STATIC, Weight, role
+
+Axes = tuple[str | None, ...]
+
+LOGICAL: tuple[tuple[str, Axes], ...] = (
+    (r"^embed/tokens$", ("vocab", "embed")),
+    (r"^embed/positions$", (None, "embed")),
+    (r"^head$", ("embed", "vocab")),
+    (r"^layers/attn/(q|k|v|qkv)$", ("layers", "embed", "heads")),
+    (r"^layers/attn/o$", ("layers", "heads", "embed")),
+    (r"^layers/mlp/(gate|up|gate_up)$", ("layers", "embed", "mlp")),
+    (r"^layers/mlp/down$", ("layers", "mlp", "embed")),
+    (r"norm/(scale|bias)$", ()),
+)
+"""Logical axes of the dense weight at each path; vectors of a norm are replicated."""
+
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+"""Mesh axis of each logical axis."""
+
+
+def logical(path: str) -> Axes:
+    """Logical axes of the weight at ``path``. Raises ValueError for a path that no row of `LOGICAL` matches."""
+    for pattern, axes in LOGICAL:
+        if re.search(pattern, path):
+            return axes
+    raise ValueError(f"no sharding rule for the weight '{path}'; add a row to LOGICAL in {__name__}")
+
+
+def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
+    """Mesh axes for an array. Raises ValueError if two of its axes would use the same mesh axis."""
+    placed: list[str | None] = []
+    for name, size in zip(axes, shape, strict=False):
+        axis = rules[name] if name is not None else None
+        if axis is not None and axis in placed:
+            raise ValueError(f"sharding rules put two axes of {axes} on the mesh axis '{axis}'")
+        placed.append(axis if axis is not None and size % mesh.shape[axis] == 0 else None)
+    return PartitionSpec(*placed)
+
+
+def shardings(params: tree.Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> tree.Params:
+    """A tree of NamedSharding like ``params`` (arrays or shapes)."""
+
+    def one(path: str, w: Any) -> Any:
+        return _of(w, logical(path), mesh, rules)
+
+    return tree.map_weights(one, params)
+
+
+def _of(w: Any, axes: Axes, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:
+    if not isinstance(w, Weight):
+        if isinstance(w, dict):
+            return {name: NamedSharding(mesh, PartitionSpec()) for name in w}
+        return NamedSharding(mesh, spec(axes, w.shape, mesh, rules))
+    fields = w.axes(axes)
+    changed = {}
+    for f in dataclasses.fields(w):  # type: ignore[arg-type]
+        value = getattr(w, f.name)
+        if role(f) != STATIC and value is not None:
+            changed[f.name] = jax.tree.map(
+                lambda v, a=fields[f.name]: _of(v, a, mesh, rules), value, is_leaf=tree.is_weight
+            )
+    return dataclasses.replace(w, **changed)  # type: ignore[type-var]
