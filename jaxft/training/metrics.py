@@ -37,11 +37,11 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
-def memory_gb() -> float | None:
-    """The most memory any local device has held at once, GB; None where the backend does not say (a CPU)."""
+def memory() -> dict[str, float]:
+    """``memory_gb``: the most any local device has held at once; empty where the backend does not say (a CPU)."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     known = [peak for peak in peaks if peak is not None]
-    return max(known) / 1e9 if known else None
+    return {"memory_gb": max(known) / 1e9} if known else {}
 
 
 class Meter:

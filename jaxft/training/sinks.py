@@ -24,6 +24,9 @@ class Sink(NamedTuple):
     close: Callable[[], None]
 
 
+NONE = Sink(lambda step, values: None, lambda: None)
+
+
 def open_all(config: LogConfig, folder: Path, resumed_at: int | None, settings: Mapping[str, Any]) -> Sink:
     """All sinks of a run as one.
 
@@ -50,7 +53,7 @@ def open_all(config: LogConfig, folder: Path, resumed_at: int | None, settings: 
 def jsonl(path: Path, resumed_at: int | None) -> Sink:
     """One JSON object a line, each written whole; a value that is not finite is null, as JSON has no other word."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut(path, 0 if resumed_at is None else resumed_at)
+    cut(path, -1 if resumed_at is None else resumed_at)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(step: int, values: Mapping[str, float]) -> None:

@@ -85,14 +85,17 @@ def make_step(
 def make_eval_step(
     objective: Objective, config: Any, score: Score
 ) -> Callable[[tree.Params, tree.Params | None, tree.Params, Batch], Means]:
-    """Builds ``(trainable, start, frozen, batch [rows, T]) -> sums`` of ``loss`` (each term) and each metric.
+    """Builds ``(trainable, start, frozen, batch [accumulate, rows, T]) -> sums`` of each metric and term.
 
     No dropout, no noise, no gradient. A term ``name`` is summed as ``loss/name``."""
 
     def step(trainable: tree.Params, start: tree.Params | None, frozen: tree.Params, batch: Batch) -> Means:
-        scores = _scores(objective, score, trainable, start, frozen, batch, None)
-        losses, metrics = objective.fn(config, scores, batch, {})
-        return {**{f"loss/{name}": mean for name, mean in losses.items()}, **metrics}
+        def one(micro: Batch) -> Means:
+            scores = _scores(objective, score, trainable, start, frozen, micro, None)
+            losses, metrics = objective.fn(config, scores, micro, {})
+            return {**{f"loss/{name}": mean for name, mean in losses.items()}, **metrics}
+
+        return jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.lax.map(one, batch))
 
     return jax.jit(step)
 

@@ -158,7 +158,7 @@ def test_dropout_differs_by_step_and_is_off_in_evaluation(key):
     _, want = plain(same, undropped, tiny.micro(batch, 1))
     assert losses[0] != losses[1] and losses[0] != float(want["loss"])
     evaluate = step.make_eval_step(SFT_ROW, SFT(), tiny.score)
-    mean = evaluate(now.trainable, None, frozen, batch)["loss/sft"]
+    mean = evaluate(now.trainable, None, frozen, tiny.micro(batch, 4))["loss/sft"]
     assert float(mean.total / mean.weight) == pytest.approx(float(want["loss"]), rel=1e-6)
 
 

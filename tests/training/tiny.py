@@ -93,3 +93,32 @@ def compiles(name="step"):
             yield found
         finally:
             logger.removeHandler(handler)
+
+
+class Loader:
+    """Batches by number, and a cursor."""
+
+    def __init__(self, rows=4, length=None, poison=()):
+        """``length``: batches until the data ends; ``poison``: numbers of batches whose first token is 7."""
+        self.rows, self.length, self.poison, self.consumed = rows, length, poison, 0
+
+    def __next__(self):
+        if self.consumed == self.length:
+            raise StopIteration
+        out = batch(self.consumed, self.rows)
+        out["tokens"][0, 0] = 7 if self.consumed in self.poison else 1
+        out["sequence_id"] = np.full(out["tokens"].shape, self.consumed, np.int32)
+        self.consumed += 1
+        return out
+
+    def state(self):
+        return {"consumed": self.consumed}
+
+    def restore(self, state):
+        self.consumed = state["consumed"]
+
+
+def poisoned_score(view, params, batch, key=None):
+    """`score`, except that a batch whose first token is 7 has a loss that is not a number."""
+    out = score(view, params, batch, key)
+    return out | {"logp": jnp.where(batch["tokens"][0, 0] == 7, jnp.nan, out["logp"])}

@@ -1,0 +1,79 @@
+"""Evaluation while training: sums over held-out batches, which checkpoint is best, and when to stop early."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxft.core import tree
+from jaxft.objectives import terms
+from jaxft.objectives.terms import Batch, Means
+from jaxft.training import prefetch
+from jaxft.training.config import EvalConfig
+from jaxft.training.prefetch import Host, Place
+from jaxft.training.state import TrainState
+
+Evaluator = Callable[[int, TrainState], Mapping[str, float]]
+"""``(step, state) -> metrics``; the state's trainable arrays are those to evaluate (schedule-free's average)."""
+
+LARGEST_EXPONENT = 700.0  # exp of more is no float
+
+
+def held_out(
+    eval_step: Callable[[tree.Params, Any, tree.Params, Batch], Means],
+    frozen: tree.Params,
+    batches: Callable[[], Iterable[Host]],
+    place: Place,
+    config: EvalConfig,
+    accumulate: int = 1,
+) -> Evaluator:
+    """Evaluates on ``batches()``, made anew each time: ``loss``, the objective's metrics, and ``perplexity``.
+
+    Means are over all tokens of all batches, whatever the batches' sizes."""
+
+    def evaluate(step: int, state: TrainState) -> dict[str, float]:
+        del step
+        sums: Means | None = None
+        for host in itertools.islice(batches(), config.batches):
+            batch = place(prefetch.split(host, accumulate))
+            more = eval_step(state.trainable, state.start, frozen, batch)
+            sums = more if sums is None else terms.add(sums, more)
+        if sums is None:
+            raise ValueError("eval: there are no held-out batches; leave evaluation out or give data for it")
+        return summary(jax.device_get(terms.values(sums)))
+
+    return evaluate
+
+
+def summary(values: Mapping[str, Any]) -> dict[str, float]:
+    """``loss`` is the sum of its terms; ``perplexity`` is exp of ``nll``, where there is one."""
+    out = {name: float(value) for name, value in values.items()}
+    parts = [name for name in out if name.startswith("loss/")]
+    loss = sum(out[name] for name in parts)
+    if len(parts) == 1:
+        del out[parts[0]]
+    if "nll" in out:
+        out["perplexity"] = math.exp(min(out["nll"], LARGEST_EXPONENT))
+    return {"loss": loss, **out}
+
+
+class Best(NamedTuple):
+    """The best evaluation so far, and how many have passed without a better one."""
+
+    value: float | None = None
+    step: int | None = None
+    waited: int = 0
+
+
+def judge(config: EvalConfig, best: Best, step: int, metrics: Mapping[str, float]) -> tuple[Best, bool]:
+    """The best so far with this evaluation taken in, and whether it is this one."""
+    if config.metric not in metrics:
+        raise ValueError(f"eval.metric: got {config.metric!r}; this run evaluates {', '.join(sorted(metrics))}")
+    value = metrics[config.metric]
+    sign = 1 if config.goal == "min" else -1
+    if math.isfinite(value) and (best.value is None or sign * (best.value - value) > 0):
+        enough = best.value is None or sign * (best.value - value) > config.min_delta
+        return Best(value, step, 0 if enough else best.waited + 1), True
+    return best._replace(waited=best.waited + 1), False
