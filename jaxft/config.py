@@ -17,6 +17,7 @@ from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS
+from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding.mesh import MeshConfig
 from jaxft.training.config import EvalConfig, LogConfig, OptimConfig, TrainConfig
 
@@ -60,6 +61,8 @@ class RunConfig:
     """How devices are arranged."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation on held-out data while training."""
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    """How text is generated."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
     log: LogConfig = field(default_factory=LogConfig)

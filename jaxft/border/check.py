@@ -233,5 +233,5 @@ def plain(config: Any) -> Any:
 
 def _plain_field(field: Field, value: Any) -> Any:
     if field.alternatives:
-        return {field.alternatives.tag: value.name, **plain(value.config)}
+        return {field.alternatives.tag: value.name, **plain(value.value)}
     return plain(value)

@@ -19,10 +19,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Choice:
-    """A value of a tagged union: the alternative's name, and its config."""
+    """A value of a tagged union: the alternative's name, and its settings."""
 
     name: str
-    config: Any
+    value: Any
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ from jaxft.cli import arguments, failures
 
 # verb -> (module, what it does)
 VERBS: dict[str, tuple[str, str]] = {
+    "train": ("jaxft.cli.train", "Fine-tune a model"),
+    "generate": ("jaxft.cli.generate", "Answer prompts"),
+    "chat": ("jaxft.cli.chat", "Talk with a model in the terminal"),
+    "merge": ("jaxft.cli.merge", "Work an adapter into its model's weights"),
+    "export": ("jaxft.cli.export", "Write a model or adapter for others to load, or push it to the hub"),
     "data": ("jaxft.cli.data", "Show the exact tokens, which of them are learnt, and length statistics"),
     "recipes": ("jaxft.cli.recipes", "List the shipped configs, or print one"),
     "schema": ("jaxft.cli.schema", "Write a JSON schema of the config, for editors"),

@@ -1,0 +1,51 @@
+"""A loaded target that answers: its tokenizer, chat template and the tokens that end an answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxft.checkpoint.errors import CheckpointError
+from jaxft.cli import target
+from jaxft.cli.target import Target
+from jaxft.core import tree
+from jaxft.data import encode, template
+from jaxft.model import Model
+from jaxft.rollout import answers, generate
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with all that generation needs."""
+
+    model: Model
+    params: tree.Params
+    tokenizer: Any
+    render: template.Renderer | None
+    """The chat template; None where the model has none and the config names none."""
+    end: list[int]
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        """A chat as a prompt for the next reply; without a template, the texts one after the other."""
+        if self.render is None:
+            return self.raw("\n".join(message["content"] for message in messages))
+        text = template.text(self.render, tuple(messages), (), prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def raw(self, text: str) -> list[int]:
+        """A text as a prompt, to be continued."""
+        return encode.ends(self.tokenizer)[0] + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load(found: Target) -> Speaker:
+    """Loads a target that has a tokenizer. Raises CheckpointError."""
+    model, params = target.load(found)
+    if model.tokenizer is None:
+        where = model.source or "the model"
+        raise CheckpointError(where, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")
+    data, tokenizer = found.config.data, model.tokenizer
+    templated = data.template != "tokenizer" or bool(tokenizer.chat_template)
+    render = template.renderer(tokenizer, data.template, data.template_options) if templated else None
+    own = generate.ends_of(model.raw, model.generation, tokenizer)
+    return Speaker(model, params, tokenizer, render, answers.ends(own, render, tokenizer))

@@ -1,0 +1,80 @@
+"""What a verb works on after training: a run's folder, an adapter, a model's folder or hub id, or a config.
+
+`jaxft chat runs/mine` takes the model that the run began with and what the run made of it; `jaxft chat CONFIG.yaml` the
+model as it was before.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxft import config as config_
+from jaxft import model as model_
+from jaxft import recipes, run_dir
+from jaxft.border.errors import ConfigError
+from jaxft.config import RunConfig
+from jaxft.core import tree
+from jaxft.model import Model
+from jaxft.peft import disk
+
+ADAPTER, WHOLE = "adapter", "model"
+"""Folders in a run's folder: the adapter that came out of it, or the whole model where all of it was trained."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was asked for, before anything big is read."""
+
+    config: RunConfig
+    """`model` says what to load; the rest is the run's own, or the defaults."""
+    adapter: Path | None
+    """The adapter to put on the model."""
+
+
+def add(parser: argparse.ArgumentParser, sections: Sequence[str] = ()) -> None:
+    """Adds `TARGET [key=value ...]`; `--help` lists the keys of these sections."""
+    parser.add_argument(
+        "target",
+        metavar="TARGET",
+        help="a run's folder, an adapter's folder, a model's folder or hub id, or a config",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config to set")
+    parser.set_defaults(takes_config=bool(sections), sections=tuple(sections))
+
+
+def find(name: str, overrides: Sequence[str] = ()) -> Target:
+    """What a user means by TARGET. Raises ConfigError."""
+    path = Path(name)
+    if (path / run_dir.CONFIG).is_file():
+        return _run(path, overrides)
+    if (path / disk.CONFIG).is_file():
+        base = json.loads((path / disk.CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        given = any(word.startswith("model.path=") for word in overrides)
+        if not base and not given:
+            raise ConfigError(f"{path}: the adapter does not name its base model; say model.path=<folder or hub id>")
+        return Target(config_.load(None, [f"model.path={base}", *overrides]), path)
+    if path.suffix in (".yaml", ".yml") or (not path.exists() and name in [recipe.name for recipe in recipes.every()]):
+        return Target(config_.load(recipes.find(name), overrides), None)
+    return Target(config_.load(None, [f"model.path={name}", *overrides]), None)
+
+
+def _run(folder: Path, overrides: Sequence[str]) -> Target:
+    """The model that a run began with and its adapter, or the whole model that it made."""
+    if (folder / ADAPTER / disk.CONFIG).is_file():
+        return Target(config_.load(folder / run_dir.CONFIG, overrides), folder / ADAPTER)
+    if (folder / WHOLE / "config.json").is_file():
+        made = ["model.revision=null", "model.init=pretrained", f"model.path={folder / WHOLE}"]
+        return Target(config_.load(folder / run_dir.CONFIG, [*made, *overrides]), None)
+    raise ConfigError(
+        f"{folder}: the run has no result yet ({ADAPTER}/ or {WHOLE}/); let it end: "
+        f"jaxft train {folder / run_dir.CONFIG} --resume"
+    )
+
+
+def load(found: Target) -> tuple[Model, tree.Params]:
+    """The model, and its parameters with the adapter on them."""
+    section = found.config.model
+    model = model_.load(section.path, section.dtype, revision=section.revision)
+    return model, model.params if found.adapter is None else model_.load_adapter(model, found.adapter)
