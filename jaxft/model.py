@@ -3,11 +3,14 @@
 Usage:
     model = jaxft.load("path-or-hub-id", dtype="bfloat16")
     logp = model.logprobs(model.params, tokens)
+    text = model.generate(model.params, ["Once upon a time"], max_new_tokens=64, temperature=0.7)
     jaxft.save_hf(model, jaxft.merge(params), "out")
 """
 
 import functools
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,12 @@ from jaxft.checkpoint import hf, hub, tokenizer, writer
 from jaxft.checkpoint.reader import Place
 from jaxft.core import tree
 from jaxft.core.names import Names
+from jaxft.models import families, init
 from jaxft.models.config import ModelConfig
-from jaxft.rollout import score
+from jaxft.peft import hf as adapters
+from jaxft.rollout import generate, score
+from jaxft.rollout.generate import GenerateConfig
+from jaxft.sharding import rules
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +54,17 @@ class Model:
             return self.own_tokenizer
         return tokenizer.load(self.directory)
 
+    @functools.cached_property
+    def generation(self) -> dict[str, Any]:
+        """Its generation_config.json; empty if there is none."""
+        file = None if self.directory is None else self.directory / "generation_config.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else {}
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """Token ids that end a completion."""
+        return generate.ends_of(self.raw, self.generation, self.tokenizer)
+
     def logprobs(self, params: tree.Params, tokens_BT: Any, segments_BT: Any = None) -> jax.Array:
         """float32[B, T-1]: log p(token t+1 | tokens up to t), in nats.
 
@@ -56,6 +74,36 @@ class Model:
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         segments_BT = None if segments_BT is None else jnp.asarray(segments_BT, jnp.int32)
         return _logprobs(self.config, params, tokens_BT, segments_BT)
+
+    def generate(
+        self,
+        params: tree.Params,
+        prompts: Sequence[str | list[dict[str, Any]]],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """One completion for each prompt: a text to be continued, or a chat's messages to be answered.
+
+        ``temperature`` 0 is greedy. The same seed gives the same texts. Raises ValueError without a tokenizer."""
+        if isinstance(prompts, str):
+            raise TypeError(f"prompts: got one string; expected a list of them, such as [{prompts[:20]!r}]")
+        settings = GenerateConfig(max_new_tokens, temperature, top_k, top_p, seed)
+        made = generate.generate(self.config, params, [self._encode(p) for p in prompts], settings, self.ends)
+        return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made]
+
+    def _encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.source}: the directory holds no tokenizer, so text cannot be read or written; add its "
+                "tokenizer.json, or call jaxft.rollout.generate.generate with token ids"
+            )
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -93,6 +141,26 @@ def load(
     return Model(loaded.config, loaded.params, loaded.names, loaded.raw, os.fspath(source), directory)
 
 
+def random(
+    source: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    *,
+    key: jax.Array,
+    revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """A model with the architecture and tokenizer of a directory or hub id, and random weights (`models.init`)."""
+    directory = hub.directory(source, revision)
+    raw = hf.config_of(directory)
+    config, names = families.read(raw, str(directory / "config.json"))
+    make = functools.partial(
+        init.random, config, names, dtype=jnp.dtype(dtype), deviation=raw.get("initializer_range", 0.02)
+    )
+    shardings = None if mesh is None else rules.shardings(jax.eval_shape(make, key), mesh)
+    params = jax.jit(make, out_shardings=shardings)(key)
+    return Model(config, params, names, raw, os.fspath(source), directory)
+
+
 def save_hf(
     model: Model,
     params: tree.Params,
@@ -110,3 +178,24 @@ def save_hf(
     return writer.save(
         made, directory, model.directory, model.own_tokenizer, dtype=dtype, shard=max_shard_size, overwrite=overwrite
     )
+
+
+def save_adapter(
+    model: Model, params: tree.Params, directory: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
+    """Writes the adapter in ``params`` as a directory that `peft` loads on the model's source."""
+    return adapters.save_adapter(
+        params,
+        model.names,
+        model.config.num_layers,
+        directory,
+        base_model_name_or_path=model.source,
+        overwrite=overwrite,
+    )
+
+
+def load_adapter(model: Model, source: str | os.PathLike[str], *, revision: str | None = None) -> tree.Params:
+    """The model's parameters with an adapter on them, made by `peft` or by us: a directory or a hub id.
+
+    The base's buffers are shared. Raises AdapterError or CheckpointError naming what does not fit."""
+    return adapters.load_adapter(model.params, model.names, model.config.num_layers, hub.directory(source, revision))

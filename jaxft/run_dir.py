@@ -7,12 +7,27 @@ import os
 from pathlib import Path
 
 from jaxft import config as config_
-from jaxft.border import check
+from jaxft.border import check as border
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state
 from jaxft.config import RunConfig
 
 CONFIG = "config.yaml"
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError if `claim` would: before anything big is read."""
+    if config.run_dir is None:
+        raise ConfigError("`run_dir` must be given: run_dir=runs/NAME")
+    folder = Path(config.run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`run_dir`: {folder} is a file")
+    if _occupied(folder):
+        _refuse_other(folder, config)
+
+
+def _occupied(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
 
 
 def claim(config: RunConfig) -> tuple[Path, bool]:
@@ -21,14 +36,9 @@ def claim(config: RunConfig) -> tuple[Path, bool]:
     A folder that has anything in it is refused unless `resume` is set and it holds a run of the same config, but for
     what may change; then the earlier config is kept as config.1.yaml, config.2.yaml, ...
     """
-    if config.run_dir is None:
-        raise ConfigError("`run_dir` must be given: run_dir=runs/NAME")
-    folder = Path(config.run_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"`run_dir`: {folder} is a file")
-    resumed = folder.exists() and any(folder.iterdir())
-    if resumed:
-        _refuse_other(folder, config)
+    check(config)
+    folder = Path(str(config.run_dir))
+    resumed = _occupied(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, config_.dump(config))
     return folder, resumed
@@ -41,7 +51,7 @@ def _refuse_other(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"`run_dir`: {folder} holds a run; go on with it (--resume, or resume=true) or choose another run_dir"
         )
-    changed = state.differences(check.plain(config_.load(folder / CONFIG)), check.plain(config))
+    changed = state.differences(border.plain(config_.load(folder / CONFIG)), border.plain(config))
     if changed:
         lines = "\n".join(f"  {change}" for change in changed)
         raise ConfigError(

@@ -240,10 +240,19 @@ def dropout_keys(params: Params, key: jax.Array | None) -> Params:
     return map_weights(set_key, params)
 
 
-def split_layers(tree: Params, key: str = "layers") -> Params:
-    """Holds each stacked array under ``key`` as separate per-layer arrays (`Split`): for unrolled layers."""
-    split = jax.tree.map(lambda a: Split(tuple(a[i] for i in range(a.shape[0]))), tree[key])
-    return {**tree, key: split}
+def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Params:
+    """Holds each stacked array under ``key`` as separate per-layer arrays (`Split`): for unrolled layers.
+
+    ``donate`` frees each stack once it is split, so that never more than one of them exists twice."""
+
+    def split(a: jax.Array) -> Split:
+        parts = Split(tuple(a[i] for i in range(a.shape[0])))
+        if donate:
+            jax.block_until_ready(parts.parts)
+            a.delete()
+        return parts
+
+    return {**tree, key: jax.tree.map(split, tree[key])}
 
 
 def stack_layers(tree: Params) -> Params:

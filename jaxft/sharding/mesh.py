@@ -5,7 +5,7 @@ Three axes: ``data`` (rows, weights repeated), ``fsdp`` (rows, weights sharded a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +76,14 @@ def check_rows(mesh: Mesh, rows: int) -> None:
         )
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Host arrays [accumulate, rows, ...] to the mesh. Every host holds the whole batch and sends its own rows."""
+def placer(mesh: Mesh | None) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
+    """Puts host arrays [accumulate, rows, ...] on the mesh (None: the default device).
+
+    Every host holds the whole batch and sends its own rows."""
+    if mesh is None:
+        return lambda batch: {name: jax.device_put(value) for name, value in batch.items()}
     sharding = batch_sharding(mesh)
-    return {
+    return lambda batch: {
         name: jax.make_array_from_callback(value.shape, sharding, lambda index, v=value: v[index])
         for name, value in batch.items()
     }

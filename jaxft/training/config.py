@@ -48,6 +48,8 @@ class EvalConfig:
     """Batches of held-out data to use. Default: all."""
     samples: int = 4
     """Held-out prompts answered at each evaluation, written to the run's samples. 0: none."""
+    exact_match: int = 0
+    """Held-out prompts answered greedily at each evaluation and compared with the data's answers: ``exact_match``."""
     metric: str = "loss"
     """What decides which checkpoint is best, and early stopping: loss, perplexity, mean_token_accuracy, ..."""
     goal: Literal["min", "max"] = "min"

@@ -1,0 +1,125 @@
+"""From a config to the pieces of a run: model, data, parameters split into trained and frozen, score, step, evaluators.
+
+This is where the rooms meet; each function here is one seam and decides nothing else.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxft import data, peft
+from jaxft import model as model_
+from jaxft.config import RunConfig
+from jaxft.core import tree
+from jaxft.data import Loader, Prepared
+from jaxft.model import Model
+from jaxft.models import flops
+from jaxft.models.decoder import Execution
+from jaxft.objectives import OBJECTIVES
+from jaxft.rollout import score
+from jaxft.sharding import mesh as mesh_
+from jaxft.sharding import rules
+from jaxft.training import optim, state
+from jaxft.training.optim import Optimizer
+from jaxft.training.state import TrainState
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
+
+@dataclass(frozen=True)
+class Split:
+    """An adapted model, split by what trains."""
+
+    trainable: tree.Params
+    frozen: tree.Params
+    shardings: tree.Params | None
+    """Of the trainable arrays, on a mesh."""
+
+
+def devices(config: RunConfig) -> Mesh | None:
+    """Joins other hosts if asked to; the mesh, or None on a single device."""
+    if config.train.deterministic and DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}".strip()
+    mesh_.start(config.mesh)
+    mesh_.sizes(config.mesh, len(jax.devices()))
+    if len(jax.devices()) == 1:
+        return None
+    mesh = mesh_.create(config.mesh)
+    mesh_.check_rows(mesh, config.train.batch)
+    return mesh
+
+
+def model(config: RunConfig, mesh: Mesh | None) -> Model:
+    """The base model, read or drawn anew, with the chat template that the data is written in."""
+    section = config.model
+    make = model_.load if section.init == "pretrained" else model_.random
+    key = {} if section.init == "pretrained" else {"key": jax.random.key(config.train.seed)}
+    found = make(section.path, section.dtype, revision=section.revision, mesh=mesh, **key)
+    if found.tokenizer is None:
+        raise ValueError(f"model.path: {section.path} holds no tokenizer; put the model's tokenizer files beside it")
+    data.install(found.tokenizer, config.data.template)
+    return dataclasses.replace(found, own_tokenizer=found.tokenizer)
+
+
+def split(config: RunConfig, base: Model, mesh: Mesh | None) -> Split:
+    """The method applied to the base, and its parameters split into trained and frozen."""
+    method = peft.METHODS[config.peft.name]
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    params = peft.adapt(base, key, config.peft.value)
+    mask = tree.trainable_mask(params, method.select(config.peft.value))
+    trainable, frozen = tree.partition(params, mask)
+    if mesh is None:
+        return Split(trainable, frozen, None)
+    places = rules.shardings(params, mesh)
+    ours, theirs = tree.partition(places, mask)
+    return Split(jax.device_put(trainable, ours), jax.device_put(frozen, theirs), ours)
+
+
+def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
+    """How the model is computed on this machine."""
+    unroll = {"always": True, "never": False, "auto": mesh is None and jax.default_backend() == "gpu"}
+    return Execution(config.train.remat, unroll[config.train.unroll], config.model.attention, mesh)
+
+
+def scorer(config: RunConfig, base: Model, how: Execution) -> score.Score:
+    """What the objective asks of the model, and what it can report besides."""
+    objective = OBJECTIVES[config.objective.name]
+    dtype = base.params["embed"]["tokens"].dtype
+    needs = (*objective.needs, *objective.reports)
+    return score.make_score(base.config, needs, dtype=dtype, execution=how, neftune_alpha=config.train.neftune_alpha)
+
+
+def start(
+    config: RunConfig, parts: Split, steps: int, mesh: Mesh | None
+) -> tuple[Optimizer, TrainState, TrainState | None]:
+    """The optimiser, the state before the first step, and the state's shardings."""
+    optimizer = optim.make(config.optim, parts.trainable, steps, peft.METHODS[config.peft.name].lr)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
+    reference = "reference" in OBJECTIVES[config.objective.name].views
+    places = None
+    if mesh is not None:
+        shapes = state.abstract(parts.trainable, optimizer, key, reference)
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        places = state.shardings(shapes, parts.shardings, whole)
+    return optimizer, state.create(parts.trainable, optimizer, key, reference, shardings=places), places
+
+
+def loaders(config: RunConfig, prepared: Prepared) -> tuple[Loader, Any]:
+    """Endless training batches, and a function that starts the held-out ones anew (None: there are none)."""
+    rows = config.train.batch * config.train.accumulate
+    train = Loader(prepared.train, config.data, batch_rows=rows)
+    if prepared.held_out is None:
+        return train, None
+    fixed = dataclasses.replace(config.data, shuffle=False)
+    held = prepared.held_out
+    return train, lambda: Loader(held, fixed, batch_rows=rows, epochs=1)
+
+
+def flops_per_token(config: RunConfig, base: Model, parts: Split) -> float:
+    """Of forward and backward pass, for utilisation."""
+    base_trained = parts.trainable["layers"] is not None and tree.count(parts.trainable) > tree.count(parts.frozen)
+    return flops.per_token(base.config, base.names, config.data.max_length, base_trained)

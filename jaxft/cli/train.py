@@ -1,0 +1,124 @@
+"""`jaxft train CONFIG.yaml`: fine-tunes a model, from the config to an adapter or a model that others load."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from jaxft import config as config_
+from jaxft import data, peft, run_dir
+from jaxft import model as model_
+from jaxft.border import check
+from jaxft.border.errors import ConfigError
+from jaxft.checkpoint import state as disk
+from jaxft.cli import answers, assemble, summary, target
+from jaxft.cli import arguments as arguments_
+from jaxft.cli.assemble import Split
+from jaxft.config import RunConfig
+from jaxft.core import tree
+from jaxft.model import Model
+from jaxft.objectives import OBJECTIVES
+from jaxft.peft import hf
+from jaxft.sharding import mesh as mesh_
+from jaxft.training import evaluate, loop, step
+from jaxft.training.loop import Settings
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the config and `--resume`."""
+    arguments_.add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir (resume=true)")
+
+
+def command(args: argparse.Namespace) -> int:
+    """Trains; returns the exit code."""
+    file, overrides = arguments_.split(args.words)
+    config = config_.load(file, [*overrides, *(["resume=true"] if args.resume else [])])
+    return run(config)
+
+
+def run(config: RunConfig) -> int:
+    """The whole run: 0 when it is complete, 130 or 143 when a signal ended it (the state is saved)."""
+    console = Console(highlight=False)
+    if not config.data.path:
+        raise ConfigError("`data.path` must be given: a file or data set to train on, data.path=rows.jsonl")
+    run_dir.check(config)
+    mesh = assemble.devices(config)
+    base = assemble.model(config, mesh)
+    prepared = data.prepare(config.data, base.tokenizer)
+    train, held_out = assemble.loaders(config, prepared)
+    console.print(*train.report().lines(), sep="\n")
+
+    parts = assemble.split(config, base, mesh)
+    how = assemble.execution(config, mesh)
+    steps = loop.total_steps(config.train, train.batches_per_epoch)
+    optimizer, first, places = assemble.start(config, parts, steps, mesh)
+    counted = f"{tree.count(parts.trainable):,} of {tree.count(parts.trainable) + tree.count(parts.frozen):,}"
+    console.print(f"training {counted} parameters for {steps:,} steps with {config.peft.name}")
+    record = disk.Record(check.plain(config), disk.identity(parts.frozen))
+    flops = assemble.flops_per_token(config, base, parts)
+    score = assemble.scorer(config, base, how)
+    dtype = base.params["embed"]["tokens"].dtype
+    asked = answers.chosen(config, prepared.held_out, prepared.format, base)
+    base, frozen = _handed_over(base, parts, how.unroll)
+    parts = dataclasses.replace(parts, frozen=frozen)
+
+    objective, settings = OBJECTIVES[config.objective.name], config.objective.value
+    place = mesh_.placer(mesh)
+    shardings = None if places is None else step.Shardings(places, _of(frozen), mesh_.batch_sharding(mesh))
+    folder, _ = run_dir.claim(config)
+    evaluators = []
+    if held_out is not None:
+        eval_step = step.make_eval_step(objective, settings, score)
+        evaluators += [evaluate.held_out(eval_step, frozen, held_out, place, config.eval, config.train.accumulate)]
+    if asked:
+        evaluators += [answers.evaluator(config, asked, base, dtype, how, frozen, folder)]
+    result = loop.fit(
+        step.make_step(objective, settings, score, optimizer, shardings),
+        first,
+        frozen,
+        train,
+        folder,
+        record,
+        Settings(config.train, config.eval, config.checkpoint, config.log),
+        steps=steps,
+        place=place,
+        evaluators=evaluators,
+        averaged=optimizer.averaged,
+        epoch_steps=train.batches_per_epoch,
+        flops_per_token=flops,
+    )
+    if result.exit_code:
+        console.print(f"Interrupted and saved. Go on: jaxft train {folder / run_dir.CONFIG} --resume")
+        return result.exit_code
+    trained = optimizer.averaged(result.state.opt_state, result.state.trainable)
+    written = _write(config, base, tree.combine(trained, frozen), folder)
+    summary.show(console, config, result, folder, written)
+    return 0
+
+
+def _of(frozen: tree.Params) -> tree.Params:
+    return jax.tree.map(lambda a: a.sharding, frozen)
+
+
+def _handed_over(base: Model, parts: Split, unroll: bool) -> tuple[Model, tree.Params]:
+    """The frozen arrays as the step wants them, and the model without any of its own: they exist once."""
+    frozen = tree.split_layers(parts.frozen, donate=True) if unroll else parts.frozen
+    return dataclasses.replace(base, params=None), frozen
+
+
+def _write(config: RunConfig, base: Model, params: tree.Params, folder: Path) -> Path:
+    """The adapter in peft's format, or the whole model where the model's own arrays were trained; replaces nothing."""
+    if peft.METHODS[config.peft.name].hf is not None:
+        out = folder / target.ADAPTER
+        source = base.source if config.model.init == "pretrained" else None
+        hf.save_adapter(
+            params, base.names, base.config.num_layers, out, base_model_name_or_path=source, overwrite=out.exists()
+        )
+        base.tokenizer.save_pretrained(out)
+        return out
+    out = folder / target.WHOLE
+    model_.save_hf(base, params, out, dtype=config.model.dtype, overwrite=out.exists())
+    return out
