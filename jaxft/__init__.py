@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jaxft.core.tree import trainable_mask as trainable_mask
     from jaxft.model import Model as Model
     from jaxft.model import load as load
+    from jaxft.model import load_adapter as load_adapter
+    from jaxft.model import save_adapter as save_adapter
     from jaxft.model import save_hf as save_hf
 
 # public name -> the module that holds it
@@ -28,6 +30,8 @@ _NAMES = {
     "trainable_mask": "jaxft.core.tree",
     "Model": "jaxft.model",
     "load": "jaxft.model",
+    "load_adapter": "jaxft.model",
+    "save_adapter": "jaxft.model",
     "save_hf": "jaxft.model",
 }
 _ROOMS = ("core", "peft", "models", "sharding", "checkpoint", "data", "objectives", "rollout", "training")

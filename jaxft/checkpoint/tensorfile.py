@@ -155,7 +155,7 @@ class Reader:
     def _fill(self, tensor: Tensor, row: int, out: np.ndarray) -> None:
         """Reads consecutive whole rows into a contiguous array."""
         at = tensor.offset + row * out.shape[1] * out.dtype.itemsize
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         while view:
             count = os.preadv(self._files[tensor.file], [view], at)
             if count == 0:
@@ -201,6 +201,6 @@ def write(file: Path, tensors: list[tuple[str, Any, tuple[int, ...]]], arrays: I
         for (name, dtype, shape), array in zip(tensors, arrays, strict=True):
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name}: got {array.dtype}{list(array.shape)}; expected {dtype}{list(shape)}")
-            f.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         f.flush()
         os.fsync(f.fileno())

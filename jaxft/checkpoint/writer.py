@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxft.checkpoint import hf, host, tensorfile, tokenizer
 from jaxft.checkpoint.errors import CheckpointError
@@ -85,6 +86,8 @@ def save(
     finally:
         if work is not None and work.exists():
             shutil.rmtree(work)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf")
     return target
 
 
