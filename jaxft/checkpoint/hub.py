@@ -73,7 +73,8 @@ def _download(repo: str, revision: str | None) -> Path:
         raise CheckpointError(where, "no such directory here and no such hub repository", "either", remedy) from None
     except errors.HFValidationError as error:
         raise CheckpointError(where, f"no such directory here, and not a hub id: {error}", "org/name", "") from None
-    except (OSError, errors.HTTPError) as error:  # no network, offline mode, or a half-filled cache
+    # No network, offline mode, or a half-filled cache.
+    except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise _unreachable(where, repo, error) from None
 
 

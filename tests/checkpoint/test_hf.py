@@ -1,6 +1,7 @@
 """Reading: every tensor where it belongs, in the dtype and sharding asked for, in no more memory than promised."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,21 +102,32 @@ def test_float16_does_not_overflow_silently(copy):
     assert hf.load(directory, "bfloat16").params["layers"]["mlp"]["up"][1, 4, 3] == jnp.bfloat16(1e5)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "llama"])
+@pytest.mark.parametrize("name", ["llama_tied", "llama", "gpt2", "gpt_neox"])
 def test_names_without_the_base_models_prefix(name, copy):
     """As saved from the model without its head (LlamaModel), or by the first gpt2."""
     directory = copy(name)
     expected = hf.load(directory, "float32").params
-    files.write(directory, {key.removeprefix("model."): value for key, value in files.read(directory).items()})
+    tensors = files.read(directory)
+    bare = {re.sub(r"^(model|transformer|gpt_neox)\.", "", key): value for key, value in tensors.items()}
+    assert bare.keys() != tensors.keys()
+    files.write(directory, bare)
     got = hf.load(directory, "float32").params
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_constants_saved_by_old_versions_are_passed_over(copy):
-    directory = copy("llama")
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4), "model.rotary_emb.inv_freq": np.ones(4)}
-    files.write(directory, files.read(directory) | extra)
-    hf.load(directory)
+@pytest.mark.parametrize(
+    ("name", "constants"),
+    [
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"]),
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"]),
+        ("gpt_neox", [f"gpt_neox.layers.0.attention.{n}" for n in ("bias", "masked_bias", "rotary_emb.inv_freq")]),
+    ],
+)
+def test_constants_saved_by_old_versions_are_passed_over(name, constants, copy):
+    directory = copy(name)
+    expected = hf.load(directory).params
+    files.write(directory, files.read(directory) | {constant: np.ones(4, np.uint8) for constant in constants})
+    jax.tree.map(np.testing.assert_array_equal, hf.load(directory).params, expected)
 
 
 def test_a_tied_head_may_be_there_if_it_is_the_embedding(copy):
