@@ -86,7 +86,7 @@ def read(folder: Path) -> list[dict[str, float]]:
 
 
 def tensorboard(config: LogConfig, folder: Path, resumed_at: int | None, settings: Mapping[str, Any]) -> Sink:
-    """Event files in the run's folder, under `tensorboard`."""
+    """Event files in the run's folder, under `tensorboard`; a value that is not finite is left out."""
     module = _extra("tensorboardX", "tensorboard")
     writer = module.SummaryWriter(
         str(folder / "tensorboard"), purge_step=None if resumed_at is None else resumed_at + 1
@@ -94,7 +94,8 @@ def tensorboard(config: LogConfig, folder: Path, resumed_at: int | None, setting
 
     def write(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            writer.add_scalar(_grouped(name), value, step)
+            if math.isfinite(value):
+                writer.add_scalar(_grouped(name), value, step)
         writer.flush()
 
     return Sink(write, writer.close)
