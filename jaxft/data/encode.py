@@ -1,14 +1,15 @@
 """Rows to tokens and the mask of what is learnt, a chunk of rows at a time; runs in worker processes.
 
-Texts are tokenised whole, in one call a chunk, and learnt characters are mapped to tokens by offsets. Where a learnt
-part begins inside a token (`\n` + `\n` merged into one across the boundary), the text is tokenised in pieces instead,
-as it is at inference, where the prompt comes alone; unless that changes the text (tokenizers that put a space before
-every piece), when the shared token counts as learnt. Both are counted.
+Texts are tokenised whole, in one call a chunk, and learnt characters are mapped to tokens by offsets. At inference the
+prompt comes alone: where that gives other tokens than the whole text has (a line break at its end that merges with one
+that begins the reply), the text is tokenised in pieces; unless that changes the text (tokenizers that put a space
+before every piece), when a token that belongs to both counts as learnt. Both are counted.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,9 @@ from jaxft.data.records import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+LEADS = 1000
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Encoder:
     prefix: list[int]
     suffix: list[int]
     """What stands before and after a text that is not a chat: BOS where the tokenizer puts it itself, and EOS."""
+    added: re.Pattern[str]
+    """Finds the tokens that split a text wherever they stand."""
+    leads: dict[str, list[int]] = field(default_factory=dict)
+    """Tokens of the stretches that lead up to learnt parts, which are few and come again and again."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,9 @@ class Chunk:
     silent: int
     """Rows in which no message is to be learnt."""
     cut: int
-    """Learnt parts that begin inside a token, tokenised in pieces."""
+    """Learnt parts that are tokenised apart from their prompts, as at inference."""
     shared: int
-    """Learnt parts that begin inside a token which had to be learnt whole."""
+    """Learnt parts that should be, and cannot."""
 
 
 class Text(NamedTuple):
@@ -80,7 +88,9 @@ def encoder(tokenizer: "PreTrainedTokenizerFast", config: DataConfig, format: st
         got = "a tokenizer without an EOS token"
         remedy = "Set eos_token in tokenizer_config.json."
         raise DataError("", "tokenizer.eos_token", got, "one, to end what is learnt", remedy)
-    return Encoder(tokenizer, render, format, config.loss_on, *ends(tokenizer))
+    names = sorted((str(token.content) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    added = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    return Encoder(tokenizer, render, format, config.loss_on, *ends(tokenizer), added)
 
 
 def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
@@ -102,7 +112,7 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
         texts += found
         numbers += [number] * len(found)
         keys += [key_of(row)] * len(found)
-    examples = tokenise(encoder.tokenizer, texts)
+    examples = tokenise(encoder, texts)
     return Chunk(
         np.concatenate([each.ids for each in examples] or [np.zeros(0, np.int32)]),
         np.concatenate([each.loss for each in examples] or [np.zeros(0, bool)]),
@@ -143,12 +153,12 @@ def key_of(row: Row) -> int:
     return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[Text]) -> list[Tokens]:
+def tokenise(encoder: Encoder, texts: list[Text]) -> list[Tokens]:
     """Tokens and mask of every text."""
     if not texts:
         return []
     # The length of a text is the packer's business: no warning about the model's own.
-    whole: Any = tokenizer(
+    whole: Any = encoder.tokenizer(
         [each.text for each in texts],
         add_special_tokens=False,
         return_offsets_mapping=True,
@@ -156,16 +166,16 @@ def tokenise(tokenizer: "PreTrainedTokenizerFast", texts: list[Text]) -> list[To
         verbose=False,
     )
     pairs = zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
-    return [finish(tokenizer, text, ids, offsets) for text, ids, offsets in pairs]
+    return [finish(encoder, text, ids, offsets) for text, ids, offsets in pairs]
 
 
-def finish(tokenizer: "PreTrainedTokenizerFast", text: Text, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
-    """Mask one text, cutting it where a learnt part begins inside a token, and put its ends on."""
+def finish(encoder: Encoder, text: Text, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
+    """Mask one text, cut where its prompts alone have other tokens, and put its ends on."""
     starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-    shared = [span for span in text.spans if begins_inside(span.start, starts, stops)]
+    shared = unlike_prompts(encoder, text, ids, starts, stops)
     cut = 0
     if shared:
-        pieces = in_pieces(tokenizer, text.text, ids, [span.start for span in shared])
+        pieces = in_pieces(encoder.tokenizer, text.text, ids, shared)
         if pieces is not None:
             ids, starts, stops = pieces
             cut, shared = len(shared), []
@@ -179,13 +189,24 @@ def finish(tokenizer: "PreTrainedTokenizerFast", text: Text, ids: list[int], off
     return Tokens(np.array([*prefix, *ids, *suffix], np.int32), loss, cut, len(shared))
 
 
-def begins_inside(at: int, starts: np.ndarray, stops: np.ndarray) -> bool:
-    """Whether position `at` is inside a token; white space that offsets leave out belongs to the token after it."""
-    if at == 0:
-        return False
-    after = int(np.searchsorted(stops, at, side="right"))
-    before = int(stops[after - 1]) if after else 0
-    return after < len(stops) and before < at
+def unlike_prompts(encoder: Encoder, text: Text, ids: list[int], starts: np.ndarray, stops: np.ndarray) -> list[int]:
+    """Beginnings of learnt parts before which the tokens are not those of the text that leads up to there, alone.
+
+    Added tokens split a text, so only what follows the last of them needs a look."""
+    marks = np.array([match.start() for match in encoder.added.finditer(text.text)], np.int64)
+    found = []
+    for at, _ in text.spans:
+        before = marks[: np.searchsorted(marks, at)]
+        first = int(before[-1]) if len(before) else 0
+        lead = text.text[first:at]
+        if lead and lead not in encoder.leads:
+            if len(encoder.leads) > LEADS:
+                encoder.leads.clear()
+            encoder.leads[lead] = encoder.tokenizer(lead, add_special_tokens=False)["input_ids"]
+        low, high = np.searchsorted(starts, first), np.searchsorted(stops, at, side="right")
+        if lead and ids[low:high] != encoder.leads[lead]:
+            found.append(at)
+    return found
 
 
 def in_pieces(

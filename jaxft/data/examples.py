@@ -5,9 +5,10 @@ Memory is 5 bytes a token: 100 million tokens take 0.5 GB. The held-out part is 
 it is the same for every seed, row order and number of workers, and equal rows never fall on both sides.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -119,10 +120,11 @@ def load(
     format = config.format if config.format != "auto" else formats.detect(source.rows(0, CHUNK), label)
     encoder = encode.encoder(tokenizer, config, format, has_chats(source, format))
     chunks = []
-    for chunk in encoded(source, encoder, config.workers):
-        if chunk.errors and config.on_error == "refuse":
-            raise refusal(chunk.errors)
-        chunks.append(chunk)
+    with contextlib.closing(encoded(source, encoder, config.workers)) as found:
+        for chunk in found:
+            if chunk.errors and config.on_error == "refuse":
+                raise refusal(chunk.errors)
+            chunks.append(chunk)
     offsets = np.concatenate(([0], np.cumsum(np.concatenate([chunk.lengths for chunk in chunks])))).astype(np.int64)
     padding: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     examples = Examples(
@@ -147,12 +149,14 @@ def has_chats(source: records.Records, format: str) -> bool:
     )
 
 
-def encoded(source: records.Records, encoder: encode.Encoder, workers: int) -> Iterator[Chunk]:
+def encoded(source: records.Records, encoder: encode.Encoder, workers: int) -> Generator[Chunk, None, None]:
     """Chunks in the order of the rows, whatever the number of workers: grain's workers return elements in turn."""
     import grain
 
     starts = grain.MapDataset.range(0, len(source), CHUNK)
-    work = starts.map(Work(source, encoder)).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    work = starts.map(Work(source, encoder, CHUNK)).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
     if workers:
         from absl import flags
 
@@ -160,7 +164,11 @@ def encoded(source: records.Records, encoder: encode.Encoder, workers: int) -> I
         flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         work = work.mp_prefetch(options)
-    return iter(work)
+    iterator = iter(work)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()  # ends the workers
 
 
 @dataclass(frozen=True)
@@ -169,9 +177,10 @@ class Work:
 
     source: records.Records
     encoder: encode.Encoder
+    size: int
 
     def __call__(self, start: int) -> Chunk:
-        stop = min(int(start) + CHUNK, len(self.source))
+        stop = min(int(start) + self.size, len(self.source))
         return encode.encode(self.encoder, self.source.rows(int(start), stop), int(start))
 
 

@@ -97,7 +97,7 @@ def at_once(chat: Conversation, render: template.Renderer, turns: list[int], whe
 
 
 def marked(chat: Conversation, render: template.Renderer, turn: int, where: str) -> Reply:
-    """What the model says in message `turn` as the template marks it, with the end of the turn in the marks or after."""
+    """What the model says in message `turn` as the template marks it, and the end of the turn, even if not marked."""
     before = template.text(render, chat.messages[:turn], chat.tools, prompt=False)
     text, found = template.tracked(render, chat.messages[: turn + 1], chat.tools)
     spans = [Span(*span) for span in found if span[0] >= alike(before, text) and span[0] < span[1]]

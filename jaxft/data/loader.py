@@ -40,7 +40,7 @@ class Loader:
         self.batches_per_epoch = -(-len(self.plan) // batch_rows)
         self.total_batches = None if epochs is None else epochs * self.batches_per_epoch
         self._consumed = 0
-        self._ahead: Iterator[Batch] | None = None
+        self._ahead: Any = None
         self._rows = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -81,13 +81,20 @@ class Loader:
 
     def seek(self, consumed: int) -> None:
         """Go on after `consumed` batches; 0 starts again."""
-        self._consumed, self._ahead = consumed, None
+        self.close()
+        self._consumed = consumed
+
+    def close(self) -> None:
+        """Stop making batches ahead; the next one asked for starts again."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead = None
 
     def report(self) -> "report_.Report":
         """What became of the rows: lengths, what is learnt, what was cut or left out, how full the rows are."""
-        return report_.report(self.examples, self.plan)
+        return report_.report(self.examples, self.plan, self._rows(0))
 
-    def _start(self) -> Iterator[Batch]:
+    def _start(self) -> Any:
         import grain
 
         stop = FOREVER if self.total_batches is None else self.total_batches

@@ -54,8 +54,8 @@ class Report:
             (read.skipped, "bad rows skipped"),
             (read.silent_rows, "rows without a message to learn left out"),
             (read.extra_examples, "extra examples, for turns that the chat template shows differently later"),
-            (read.cut_boundaries, "texts tokenised in pieces, as the prompt comes alone at inference"),
-            (read.shared_boundaries, "learnt parts that begin inside a token, learnt whole"),
+            (read.cut_boundaries, "learnt parts tokenised apart from their prompts, as at inference"),
+            (read.shared_boundaries, "learnt parts whose first token may hold the end of the prompt too"),
             (self.split, "examples split, longer than a row"),
             (self.dropped_overlong, "examples left out, longer than a row"),
             (self.dropped_unlearnt, "examples or pieces left out, with nothing to learn in them"),
@@ -69,16 +69,16 @@ class Report:
         yield from (f"  {error}" for error in read.errors)
 
 
-def report(examples: Examples, plan: pack.Plan) -> Report:
-    """The report of examples packed by a plan."""
+def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
+    """The report of examples packed by a plan into the rows of the first epoch."""
     found, lengths = plan.pieces, np.diff(examples.offsets)
     learnt = np.concatenate(([0], np.cumsum(examples.loss)))
-    lost = len(plan) if plan.packing == "wrapped" else int(examples.loss[found.start].sum())
+    first = found.start if plan.packing == "best_fit" else rows.start[rows.offsets[:-1]]
     return Report(
         reading=examples.reading,
         examples=len(examples),
         tokens=int(lengths.sum()),
-        learnt_tokens=int((learnt[found.stop] - learnt[found.start]).sum()) - lost,
+        learnt_tokens=int((learnt[found.stop] - learnt[found.start]).sum() - examples.loss[first].sum()),
         length_percentiles={p: int(np.percentile(lengths, p, method="lower")) for p in PERCENTILES},
         truncated=found.truncated,
         cut_tokens=found.cut_tokens,

@@ -11,10 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIALS = [
     "<|endoftext|>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>",
-    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>", "<|end|>",
-    "<|system|>", "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "[gMASK]", "<sop>",
-    "<|observation|>",
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>", "<|assistant|>",
+    "<|end|>", "<|system|>", "[gMASK]", "<sop>", "<|observation|>", "<|END_OF_TURN_TOKEN|>",
 ]  # fmt: skip
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WORDS = (
     "the cat sat on a mat and saw two dogs run to town what is it called here yes no hello world think answer".split()
 )
@@ -24,16 +27,20 @@ WORDS = (
 def _backend(kind: str) -> str:
     rng = random.Random(0)
     corpus = [" ".join(rng.choices(WORDS, k=12)).capitalize() + ".\n\n" for _ in range(400)] + ["user\nassistant\n1234"]
-    if kind == "bytes":
+    if kind in ("bytes", "gpt2"):
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # gpt2's own splitting, or that of Llama 3 and Qwen, which keeps line breaks together
+        split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated")
+        bytelevel = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")
+        backend.pre_tokenizer = bytelevel if kind == "gpt2" else pre_tokenizers.Sequence([split, bytelevel])
         backend.decoder = decoders.ByteLevel()
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIALS, initial_alphabet=alphabet)
     else:
+        corpus = [line.replace("\n", " ") for line in corpus]  # as in Llama 2, a line break is a byte
         backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
         backend.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
