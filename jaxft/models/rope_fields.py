@@ -19,6 +19,12 @@ FIELDS: dict[str, frozenset[str]] = {
     "llama3": frozenset("factor original_max_position_embeddings low_freq_factor high_freq_factor".split()),
     "proportional": frozenset({"factor"}),
 }
+NEEDED: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 ALWAYS = frozenset("rope_type type rope_theta partial_rotary_factor".split())
 
 
@@ -66,6 +72,9 @@ def build(settings: dict[str, Any], head_dim: int, max_positions: int, where: st
             f"{where}: rope settings {extra} are not understood for rope_type={kind!r}; known: {sorted(known)}"
         )
     get = {k: v for k, v in settings.items() if v is not None}.get
+    absent = [name for name in NEEDED.get(kind, ()) if get(name) is None]
+    if absent:
+        raise ValueError(f"{where}: rope settings {settings} lack {absent}, which rope_type={kind!r} needs")
     partial = float(get("partial_rotary_factor", 1.0))
     dim = int(head_dim * partial)
     common: dict[str, Any] = {"theta": float(get("rope_theta", 10000.0)), "kind": kind}
