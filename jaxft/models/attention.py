@@ -1,16 +1,17 @@
 """Attention, one function: who may see whom is said by positions and segments, how it is computed by the platform.
 
 A backend is chosen by literal rules on static facts (`attention_choice`); what a kernel cannot do falls to the chunked
-XLA path, said once in the log. Unusual: self-attention is recognised by *identity* (the same positions array for
-queries and keys), which promises that inside a segment index order is position order; the positions themselves are
-then not read. Under a mesh (`jax.set_mesh`, or `mesh=`) the TPU kernel runs on each device's own rows and heads.
+XLA path, said once in the log. Unusual: self-attention is recognised by *identity* (queries and keys are given the very
+same positions and segments arrays), which promises that inside a segment index order is position order; the positions
+themselves are then not read. Under a mesh (`jax.set_mesh`, or `mesh=`) the TPU kernel runs on each device's own rows
+and heads.
 """
 
 import functools
 import logging
 import math
 import re
-from typing import Literal
+from typing import Literal, TypedDict
 
 import jax
 
@@ -49,27 +50,22 @@ def attention(
     the outputs of a primitive with "dot_product_attention_fwd" in its name.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
-    aligned = q_positions_BT is k_positions_BS
+    aligned = q_positions_BT is k_positions_BS and q_segments_BT is k_segments_BS
     if aligned and window is not None and window >= q_BTNH.shape[1]:
         window = None  # it hides nothing
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     rows, heads = _free(mesh, batch_axes), _free(mesh, (head_axis,))
-    platform = _platform(mesh)
-    case = attention_choice.Case(
-        platform=platform, dtype=q_BTNH.dtype.name,
-        batch=q_BTNH.shape[0], queries=q_BTNH.shape[1], keys=k_BSKH.shape[1],
-        heads=q_BTNH.shape[2], kv_heads=k_BSKH.shape[2], head_dim=q_BTNH.shape[3],
-        aligned=aligned, causal=causal, segments=q_segments_BT is not None, window=window, softcap=softcap,
-        capability=_capability() if platform == "gpu" else None,
-        batch_shards=_size(mesh, rows), head_shards=_size(mesh, heads),
+    choice = attention_choice.choose(
+        attention_choice.Case(
+            **_facts(q_BTNH, k_BSKH, mesh), aligned=aligned, causal=causal, segments=q_segments_BT is not None,
+            window=window, softcap=softcap, batch_shards=_size(mesh, rows), head_shards=_size(mesh, heads),
+        ),
+        backend,
     )  # fmt: skip
-    choice = attention_choice.choose(case, backend)
     if choice.fell_back:
         _say_once(choice.reason)
     if choice.backend == "cudnn":
-        return attention_cudnn.attend(
-            q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, causal=causal
-        )  # fmt: skip
+        return attention_cudnn.attend(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, causal=causal)
     if choice.backend == "splash":
         from jaxft.models import attention_splash  # Pallas for TPU: imported where there is one
 
@@ -79,9 +75,34 @@ def attention(
         return run(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale=scale, window=window, softcap=softcap, causal=causal)
     spec = attention_xla.Spec(scale=scale, window=window, softcap=softcap, causal=causal, aligned=aligned)
     positions = (None, None) if aligned else (q_positions_BT, k_positions_BS)
-    return attention_xla.attend(
-        spec, q_BTNH, k_BSKH, v_BSKH, attention_xla.Ids(*positions, q_segments_BT, k_segments_BS)
-    )  # fmt: skip
+    ids = attention_xla.Ids(*positions, q_segments_BT, k_segments_BS)
+    return attention_xla.attend(spec, q_BTNH, k_BSKH, v_BSKH, ids)
+
+
+class _Facts(TypedDict):
+    """The fields of a `Case` read off the arrays, the mesh and the machine."""
+
+    platform: str
+    dtype: str
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capability: tuple[int, int] | None
+    matmul_precision: str | None
+
+
+def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, mesh: Mesh) -> _Facts:
+    B, T, N, H = q_BTNH.shape
+    platform = _platform(mesh)
+    return {
+        "platform": platform, "dtype": q_BTNH.dtype.name,
+        "batch": B, "queries": T, "keys": k_BSKH.shape[1], "heads": N, "kv_heads": k_BSKH.shape[2], "head_dim": H,
+        "capability": _capability() if platform == "gpu" else None,
+        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+    }  # fmt: skip
 
 
 def _check(q, k, v, q_positions, k_positions, q_segments, k_segments, window: int | None) -> None:
@@ -99,6 +120,10 @@ def _check(q, k, v, q_positions, k_positions, q_segments, k_segments, window: in
             raise ValueError(f"attention: got {name} for one of queries and keys; expected both or neither")
         if x is not None and (x.shape != (B, T) or y.shape != (B, S)):
             raise ValueError(f"attention: got {name} {x.shape} and {y.shape}; expected {(B, T)} and {(B, S)}")
+    if q_positions is None and q_segments is not k_segments:
+        raise ValueError(
+            "attention: without positions, queries and keys are the same tokens: give them one segments array"
+        )
     if q_positions is k_positions and S != T:
         raise ValueError(f"attention: {T} queries and {S} keys cannot share their positions; give each its own")
     if window is not None and window < 1:

@@ -46,6 +46,8 @@ class Case:
     """CUDA compute capability of the GPU; None where there is none."""
     batch_shards: int = 1
     head_shards: int = 1
+    matmul_precision: str | None = None
+    """`jax_default_matmul_precision`."""
     jax_version: str = jax.__version__
 
 
@@ -78,7 +80,11 @@ def _cudnn_head_limit(c: Case) -> int:
     return 256 if c.capability is not None and c.capability >= (9, 0) else 128
 
 
-_ALIGNED = Rule(lambda c: not c.aligned, "the keys are not the queries' own tokens", "attend to a cache with 'xla'")
+_ALIGNED = Rule(
+    lambda c: not c.aligned,
+    "the keys are not the queries' own tokens",
+    "use 'xla' with a cache; in self-attention give queries and keys one positions array and one segments array",
+)
 
 RULES: dict[Backend, tuple[Rule, ...]] = {
     "xla": (),
@@ -127,6 +133,11 @@ RULES: dict[Backend, tuple[Rule, ...]] = {
             "load the model with dtype=bfloat16",
         ),
         Rule(
+            lambda c: c.dtype == "bfloat16" and c.matmul_precision not in (None, "default", "fastest", "bfloat16"),
+            "Mosaic does not compile the splash kernel in bfloat16 under a raised jax_default_matmul_precision",
+            "leave jax_default_matmul_precision at its default",
+        ),
+        Rule(
             lambda c: splash_block(c.queries) is None,
             "splash attention wants rows of a multiple of 128 tokens",
             "pad the rows to a multiple of 128",
@@ -168,7 +179,8 @@ def choose(case: Case, backend: Literal["auto"] | Backend = "auto") -> Choice:
     if kernel == "xla":
         return Choice("xla", f"no kernel for platform {case.platform!r}", False)
     if not case.aligned:
-        return Choice("xla", _ALIGNED.reason, False)  # decoding reads the cache once: nothing to win
+        # Decoding reads its cache once: nothing to win. As many queries as keys is more likely a caller's oversight.
+        return Choice("xla", f"{_ALIGNED.reason} (remedy: {_ALIGNED.remedy})", case.queries == case.keys > 1)
     if case.jax_version.rpartition(".")[0] not in TESTED_JAX:
         return Choice("xla", f"the {kernel} kernel is untested on this JAX version (tested: {TESTED_JAX})", True)
     rule = refusal(kernel, case)

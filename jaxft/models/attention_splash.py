@@ -6,6 +6,8 @@ Unusual: a Pallas kernel is opaque to the partitioner, so under a mesh each devi
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,12 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     causal: bool = True,
+    block: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Self-attention of one device's rows and heads, out_BTNH; `interpret` runs the kernel's Python on a CPU."""
     T, N = q_BTNH.shape[1], q_BTNH.shape[2]
-    kernel = _kernel(T, N, window, softcap, causal, interpret)
+    kernel = _kernel(T, N, window, softcap, causal, block or attention_choice.splash_block(T), interpret)
     q = rearrange((q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype), "b t n h -> b n t h")
     k, v = (rearrange(x, "b t k h -> b k t h") for x in (k_BTKH, v_BTKH))
     if segments_BT is None:
@@ -69,9 +72,10 @@ def attend_sharded(
     return f(q_BTNH, k_BTKH, v_BTKH, segments_BT)
 
 
-def _kernel(T: int, N: int, window: int | None, softcap: float | None, causal: bool, interpret: bool):
+def _kernel(
+    T: int, N: int, window: int | None, softcap: float | None, causal: bool, b: int | None, interpret: bool
+) -> Callable[..., Any]:
     """The kernel for N heads over T tokens; the library itself keeps the lists of blocks it makes from a mask."""
-    b = attention_choice.splash_block(T)
     if b is None:
         raise ValueError(f"splash attention: got rows of {T} tokens; expected a multiple of 128: pad the rows")
     blocks = splash.BlockSizes(

@@ -269,11 +269,15 @@ def test_vmap_over_adapters_equals_a_loop():
         assert distance(both[n], one(*(x[n] for x in stacked[:3]))) < 1e-6
 
 
+ONES = jnp.ones((1, 4), jnp.int32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q_segments_BT": jnp.ones((1, 4), jnp.int32)}, "segments for one of queries and keys"),
-        ({"q_positions_BT": jnp.ones((1, 4), jnp.int32)}, "positions for one of queries and keys"),
+        ({"q_segments_BT": ONES}, "segments for one of queries and keys"),
+        ({"q_positions_BT": ONES}, "positions for one of queries and keys"),
+        ({"q_segments_BT": ONES, "k_segments_BS": jnp.ones((1, 4), jnp.int32)}, "one segments array"),
         ({"window": 0}, "window=0"),
         ({"k_BSKH": jnp.ones((1, 5, 2, 8))}, "expected"),
         ({"q_BTNH": jnp.ones((1, 4, 3, 8))}, "N a multiple of K"),
