@@ -39,7 +39,7 @@ def per_leaf(choose: Callable[[str, int], optax.GradientTransformation], rule: S
 
     def update(updates: tree.Params, state: Any, params: tree.Params | None = None) -> tuple[tree.Params, Any]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("per_leaf needs the parameters: call update(grads, state, params)")
         leaves, treedef = jax.tree_util.tree_flatten_with_path(updates)
         states, values = treedef.flatten_up_to(state), treedef.flatten_up_to(params)
         done = [of(path, u).update(u, s, p) for (path, u), s, p in zip(leaves, states, values, strict=True)]

@@ -75,10 +75,14 @@ def _muon(config: OptimConfig, betas: tuple[float, float], rule: Stacked) -> opt
     """Jordan 2024; updates scaled to Adam's size, 0.2 sqrt(max(in, out)), as in Liu et al. 2025, eq. 4."""
     matrix = optax.chain(
         optax.contrib.scale_by_muon(beta=betas[0], mu_dtype=config.momentum_dtype),
-        optax.stateless(lambda updates, params: 0.2 * max(updates.shape) ** 0.5 * updates),
+        optax.stateless(_size_of_adam),
     )
     other = _adam(config, (0.9, betas[1]), rule)
     return leafwise.per_leaf(lambda path, ndim: matrix if ndim == 2 and not APART.search(path) else other, rule)
+
+
+def _size_of_adam(update: Any, params: Any) -> Any:
+    return 0.2 * max(update.shape) ** 0.5 * update
 
 
 OPTIMIZERS: dict[str, Kind] = {
