@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("jaxft.cli.train", "Fine-tune a model"),
     "generate": ("jaxft.cli.generate", "Answer prompts"),
     "chat": ("jaxft.cli.chat", "Talk with a model in the terminal"),
+    "eval": ("jaxft.cli.eval", "Measure loss, perplexity and exact match on held-out data"),
     "merge": ("jaxft.cli.merge", "Work an adapter into its model's weights"),
     "export": ("jaxft.cli.export", "Write a model or adapter for others to load, or push it to the hub"),
     "data": ("jaxft.cli.data", "Show the exact tokens, which of them are learnt, and length statistics"),

@@ -8,19 +8,15 @@ from typing import Any
 from jaxft import data
 from jaxft.config import RunConfig
 from jaxft.core import tree
-from jaxft.data import Examples, Prompt
+from jaxft.data import Examples, Prompt, template
 from jaxft.model import Model
 from jaxft.models.decoder import Execution
-from jaxft.rollout import generate
+from jaxft.rollout import generate, replies
+from jaxft.rollout.replies import Reply
 from jaxft.training.evaluate import Evaluator
 from jaxft.training.state import TrainState
 
 FILE = "samples.jsonl"
-
-
-def exact(answer: str, wanted: str) -> bool:
-    """Whether two answers are the same, white space at their ends aside."""
-    return answer.strip() == wanted.strip()
 
 
 def chosen(config: RunConfig, held_out: Examples | None, form: str, base: Model) -> list[Prompt]:
@@ -44,26 +40,31 @@ def evaluator(
 ) -> Evaluator:
     """``(step, state) -> {"exact_match": share}`` (if asked for); the samples are appended to ``folder``."""
     settings = generate.GenerateConfig(config.generate.max_new_tokens, temperature=0.0, batch=config.generate.batch)
-    ends = base.ends
+    end = ends(config, base)
 
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
         params = tree.cast(tree.combine(state.trainable, frozen), dtype)
-        asked = [list(prompt.tokens) for prompt in prompts]
-        made = generate.generate(base.config, params, asked, settings, ends, execution=how)
-        texts = [base.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in made]
-        write(folder / FILE, step, prompts[: config.eval.samples], texts)
-        right = [exact(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)]
-        scored = right[: config.eval.exact_match]
-        return {"exact_match": sum(scored) / len(scored)} if scored else {}
+        said = replies.replies(base.config, params, prompts, base.tokenizer, settings, end, execution=how)
+        write(folder / FILE, step, said[: config.eval.samples])
+        scored = said[: config.eval.exact_match]
+        return {"exact_match": sum(reply.exact for reply in scored) / len(scored)} if scored else {}
 
     return evaluate
 
 
-def write(file: Path, step: int, prompts: Sequence[Prompt], texts: Sequence[str]) -> None:
-    """Appends the answers of one evaluation; a line each."""
+def ends(config: RunConfig, base: Model) -> list[int]:
+    """Token ids that end a reply: the model's own, and what ends a turn in the chat template of the data."""
+    named = config.data.template != "tokenizer" or base.tokenizer.chat_template
+    options = config.data.template_options
+    render = template.renderer(base.tokenizer, config.data.template, options) if named else None
+    return replies.ends(base.ends, render, base.tokenizer)
+
+
+def write(file: Path, step: int, said: Sequence[Reply]) -> None:
+    """Appends the samples of one evaluation; a line each."""
     with file.open("a", encoding="utf-8") as lines:
-        for prompt, text in zip(prompts, texts, strict=False):
-            row = {"step": step, "prompt": prompt.text, "completion": text, "answer": prompt.answer}
+        for reply in said:
+            row = {"step": step, "prompt": reply.prompt.text, "completion": reply.text, "answer": reply.prompt.answer}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxft.border.errors import ConfigError
 from jaxft.cli import prompting, target
-from jaxft.rollout import answers, generate
+from jaxft.rollout import generate, replies
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def command(args: argparse.Namespace) -> int:
     ]
     made = generate.generate(speaker.model.config, speaker.params, rows, found.config.generate, speaker.end)
     for prompt, completion in zip(prompts, made, strict=True):
-        text = answers.spoken(speaker.tokenizer, completion.tokens, speaker.end)
+        text = replies.spoken(speaker.tokenizer, completion.tokens, speaker.end)
         if args.json:
             print(
                 json.dumps({"prompt": prompt, "completion": text, "finished": completion.finished}, ensure_ascii=False)

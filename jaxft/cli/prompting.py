@@ -10,7 +10,7 @@ from jaxft.cli.target import Target
 from jaxft.core import tree
 from jaxft.data import encode, template
 from jaxft.model import Model
-from jaxft.rollout import answers, generate
+from jaxft.rollout import replies
 
 Message = dict[str, str]
 
@@ -47,5 +47,4 @@ def load(found: Target) -> Speaker:
     data, tokenizer = found.config.data, model.tokenizer
     templated = data.template != "tokenizer" or bool(tokenizer.chat_template)
     render = template.renderer(tokenizer, data.template, data.template_options) if templated else None
-    own = generate.ends_of(model.raw, model.generation, tokenizer)
-    return Speaker(model, params, tokenizer, render, answers.ends(own, render, tokenizer))
+    return Speaker(model, params, tokenizer, render, replies.ends(model.ends, render, tokenizer))

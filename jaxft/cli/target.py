@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+
 from jaxft import config as config_
 from jaxft import model as model_
 from jaxft import recipes, run_dir
@@ -18,6 +21,7 @@ from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.model import Model
 from jaxft.peft import disk
+from jaxft.sharding import rules
 
 ADAPTER, WHOLE = "adapter", "model"
 """Folders in a run's folder: the adapter that came out of it, or the whole model where all of it was trained."""
@@ -73,8 +77,9 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
     )
 
 
-def load(found: Target) -> tuple[Model, tree.Params]:
-    """The model, and its parameters with the adapter on them."""
+def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:
+    """The model, and its parameters with the adapter on them; on a mesh if there is one."""
     section = found.config.model
-    model = model_.load(section.path, section.dtype, revision=section.revision)
-    return model, model.params if found.adapter is None else model_.load_adapter(model, found.adapter)
+    model = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh)
+    params = model.params if found.adapter is None else model_.load_adapter(model, found.adapter)
+    return model, params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))

@@ -78,6 +78,72 @@ def test_chat_remembers_the_conversation(capsys, tiny, monkeypatch):
     assert remembered.splitlines()[0] == forgotten.splitlines()[0] and remembered != forgotten
 
 
+ROWS = [("one", " two"), ("three", " four"), ("Sort: 3 1 2", " 1 2 3"), ("Spell dog", " d o g"), ("a", " b")]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in ROWS))
+    return file
+
+
+def torch_loss(folder, adapter=None):
+    """Mean negative log-likelihood, over all rows, of each completion and its EOS after its prompt."""
+    import peft
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)
+    bos = tokenizer("")["input_ids"]
+    total, count = 0.0, 0
+    for prompt, completion in ROWS:
+        given = bos + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        whole = bos + tokenizer(prompt + completion, add_special_tokens=False)["input_ids"]
+        assert whole[: len(given)] == given, "the prompt is a prefix in tokens too"
+        whole += [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logp = model(torch.tensor([whole])).logits.log_softmax(-1)[0]
+        total -= sum(logp[i - 1, whole[i]].item() for i in range(len(given), len(whole)))
+        count += len(whole) - len(given)
+    return total / count
+
+
+def test_eval_is_torchs_loss(capsys, tiny, adapter, rows):
+    words = [FLOAT, f"data.path={rows}", "data.max_length=32", "generate.max_new_tokens=4", "--json"]
+    for given, on in ((tiny, None), (adapter, adapter)):
+        code, out, err = jaxft(capsys, "eval", given, *words)
+        assert code == 0, err
+        values = json.loads(out)
+        assert values["loss"] == pytest.approx(torch_loss(tiny, on), abs=1e-4)
+        assert values["replies"] == 5 and values["exact_match"] == 0.0 and values["examples"] == 5
+
+
+def test_eval_counts_exact_replies(capsys, tiny, tmp_path):
+    code, out, _ = jaxft(capsys, "generate", tiny, *GREEDY, "--prompt", "one", "--json")
+    said = json.loads(out)["completion"].strip()
+    chats = [[{"role": "user", "content": "one"}, {"role": "assistant", "content": text}] for text in (said, "no")]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    words = [
+        *GREEDY,
+        f"data.path={tmp_path / 'chats.jsonl'}",
+        "data.max_length=64",
+        "--replies",
+        tmp_path / "said.jsonl",
+    ]
+    code, out, err = jaxft(capsys, "eval", tiny, *words)
+    assert code == 0, err
+    assert "exact match" in out and "50.0% of 2 replies" in out and "perplexity" in out
+    assert [json.loads(line)["answer"] for line in (tmp_path / "said.jsonl").read_text().splitlines()] == [said, "no"]
+
+
+def test_eval_asks_for_data(capsys, tiny):
+    code, _, err = jaxft(capsys, "eval", tiny)
+    assert code == 2 and "data.path=rows.jsonl" in err
+
+
 def test_merge_gives_the_adapted_models_logits(capsys, tiny, adapter, tmp_path):
     code, out, err = jaxft(capsys, "merge", adapter, FLOAT, "--out", tmp_path / "merged")
     assert code == 0 and "from_pretrained" in out, err

@@ -1,4 +1,4 @@
-"""Answers to prompts: text that a model generates for the prompts of a data set, and whether it is the answer there.
+"""Replies to prompts: text that a model generates for the prompts of a data set, and whether it is the answer there.
 
 Exact match is equality of the text, white space at both ends apart; the end-of-turn token is no part of it.
 """
@@ -18,7 +18,7 @@ from jaxft.rollout.generate import GenerateConfig
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What the model said to one prompt."""
 
     prompt: Prompt
@@ -32,7 +32,7 @@ class Answer:
         return self.text.strip() == self.prompt.answer.strip()
 
 
-def answers(
+def replies(
     config: ModelConfig,
     params: tree.Params,
     prompts: Sequence[Prompt],
@@ -41,21 +41,16 @@ def answers(
     end: Sequence[int],
     *,
     execution: Execution = decoder.DEFAULT,
-) -> list[Answer]:
-    """One answer a prompt, in order. ``end``: token ids that end an answer (see `ends`)."""
+) -> list[Reply]:
+    """One reply a prompt, in order. ``end``: token ids that end a reply (see `ends`)."""
     if not prompts:
         return []
     rows = [prompt.tokens for prompt in prompts]
     made = generate.generate(config, params, rows, settings, end, execution=execution)
     return [
-        Answer(prompt, spoken(tokenizer, completion.tokens, end), completion.finished)
+        Reply(prompt, spoken(tokenizer, completion.tokens, end), completion.finished)
         for prompt, completion in zip(prompts, made, strict=True)
     ]
-
-
-def exact_match(given: Sequence[Answer]) -> float:
-    """Share of the answers that are exact; nan if there are none."""
-    return sum(answer.exact for answer in given) / len(given) if given else float("nan")
 
 
 def spoken(tokenizer: Any, tokens: Sequence[int], end: Sequence[int]) -> str:
@@ -65,7 +60,7 @@ def spoken(tokenizer: Any, tokens: Sequence[int], end: Sequence[int]) -> str:
 
 
 def ends(own: Sequence[int], render: template.Renderer | None, tokenizer: Any) -> list[int]:
-    """Token ids that end an answer: the model's own (`generate.ends_of`), and what the template ends a turn with."""
+    """Token ids that end a reply: the model's own (`generate.ends_of`), and what the template ends a turn with."""
     if render is None:
         return sorted(own)
     chat = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "jaxft"})

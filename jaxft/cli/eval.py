@@ -1,0 +1,119 @@
+"""`jaxft eval TARGET`: loss, perplexity and token accuracy on held-out data, and exact match of greedy replies.
+
+The data are the config's held-out part; where it has none, all of `data.path`.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from jaxft import data
+from jaxft.border.errors import ConfigError
+from jaxft.cli import answers, assemble, target
+from jaxft.cli.target import Target
+from jaxft.config import RunConfig
+from jaxft.core import tree
+from jaxft.data import DataConfig, Examples, Loader
+from jaxft.model import Model
+from jaxft.models.decoder import Execution
+from jaxft.objectives import OBJECTIVES
+from jaxft.rollout import replies
+from jaxft.rollout.replies import Reply
+from jaxft.sharding import mesh as mesh_
+from jaxft.training import evaluate, step
+from jaxft.training.state import TrainState
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the target and how much to answer."""
+    target.add(parser, ("model", "data", "objective", "train", "eval", "generate", "mesh"))
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="prompts to answer for exact match; default: all, 0: none"
+    )
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="replies to show; default: 3")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--replies", type=Path, metavar="FILE", help="write every prompt, reply and answer there, as jsonl"
+    )
+
+
+def command(args: argparse.Namespace) -> int:
+    """Measures and prints."""
+    found = target.find(args.target, args.overrides)
+    config = found.config
+    if not config.data.path and config.data.eval_path is None:
+        raise ConfigError("say on which data: data.path=rows.jsonl")
+    mesh = assemble.devices(config)
+    model, params = target.load(found, mesh)
+    how = assemble.execution(dataclasses.replace(config, train=dataclasses.replace(config.train, unroll="never")), mesh)
+    examples, form, source = held_out(config.data, model)
+    values = losses(config, model, params, examples, how)
+    said = _replies(found, model, params, examples, form, how, args.limit)
+    if said:
+        values["exact_match"] = sum(reply.exact for reply in said) / len(said)
+    if args.replies is not None:
+        answers.write(args.replies, 0, said)
+    if args.json:
+        print(json.dumps({"data": source, "examples": len(examples), "replies": len(said), **values}))
+    else:
+        _show(source, examples, values, said, args.samples)
+    return 0
+
+
+def held_out(config: DataConfig, model: Model) -> tuple[Examples, str, str]:
+    """The held-out examples (all of `data.path` where nothing is held out), their format, and what to call them."""
+    if config.eval_path is not None or config.eval_split is not None:
+        path, split = config.eval_path or config.path, config.eval_split or config.split
+        alone = dataclasses.replace(config, path=path, split=split, eval_path=None, eval_split=None, limit=None)
+        prepared = data.prepare(alone, model.tokenizer)
+        return prepared.train, prepared.format, f"{path}" + (f" ({split})" if config.eval_split else "")
+    prepared = data.prepare(config, model.tokenizer)
+    if prepared.held_out is not None and len(prepared.held_out):
+        return prepared.held_out, prepared.format, f"the part held out of {config.path}"
+    return prepared.train, prepared.format, str(config.path)
+
+
+def losses(
+    config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution
+) -> dict[str, float]:
+    """Loss, metrics of the objective, perplexity: means over all target tokens."""
+    objective = OBJECTIVES[config.objective.name]
+    score = assemble.scorer(config, model, how)
+    eval_step = step.make_eval_step(objective, config.objective.value, score)
+    settings = dataclasses.replace(config.data, shuffle=False)
+    batches = lambda: Loader(examples, settings, batch_rows=config.train.batch, epochs=1)  # noqa: E731
+    nothing = jax.tree.map(lambda leaf: None, params)
+    measured = evaluate.held_out(eval_step, nothing, batches, mesh_.placer(how.mesh), config.eval)
+    return dict(measured(0, TrainState(jnp.int32(0), params, None, None, {}, None, jax.random.key(0))))
+
+
+def _replies(
+    found: Target, model: Model, params: tree.Params, examples: Examples, form: str, how: Execution, limit: int | None
+) -> list[Reply]:
+    """Greedy replies to the data's prompts; none where the data are plain text."""
+    config = found.config
+    prompts = [] if limit == 0 else data.prompts(examples.source_rows()[:limit], form, config.data, model.tokenizer)
+    greedy = dataclasses.replace(config.generate, temperature=0.0)
+    end = answers.ends(config, model)
+    return replies.replies(model.config, params, prompts, model.tokenizer, greedy, end, execution=how)
+
+
+def _show(source: str, examples: Examples, values: dict[str, float], said: list[Reply], samples: int) -> None:
+    console = Console(highlight=False, markup=False)
+    table = Table(title=f"{source}: {len(examples):,} examples", title_justify="left", show_header=False)
+    for name, value in values.items():
+        share = name in ("exact_match", "mean_token_accuracy")
+        counted = f" of {len(said):,} replies" if name == "exact_match" else ""
+        table.add_row(name.replace("_", " "), (f"{value:.1%}" if share else f"{value:.4g}") + counted)
+    console.print(table)
+    if said and samples:
+        shown = Table("prompt", "reply", "answer of the data", "exact", show_lines=True)
+        for reply in said[:samples]:
+            shown.add_row(reply.prompt.text.strip(), reply.text, reply.prompt.answer, "yes" if reply.exact else "no")
+        console.print(shown)
