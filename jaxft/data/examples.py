@@ -82,11 +82,12 @@ def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> Prepare
     """Read and tokenise everything the config names. Raises DataError at the first bad row, unless skipping."""
     check(config)
     source = records.read(config.path, config.split, config.subset, config.limit, config.columns)
-    train, keys, format = load(source, config, tokenizer)
+    train, keys, format = load(source, config.path, config, tokenizer)
     held_out = None
     if config.eval_path is not None or config.eval_split is not None:
         path, split = config.eval_path or config.path, config.eval_split or config.split
-        held_out, _, _ = load(records.read(path, split, config.subset, None, config.columns), config, tokenizer)
+        other = records.read(path, split, config.subset, None, config.columns)
+        held_out, _, _ = load(other, path, config, tokenizer)
     elif config.eval_fraction or config.eval_examples:
         aside = hold_out(train.rows, keys, config)
         train, held_out = select(train, ~aside), select(train, aside)
@@ -113,10 +114,10 @@ def check(config: DataConfig) -> None:
 
 
 def load(
-    source: records.Records, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+    source: records.Records, path: str | Sequence[str], config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[Examples, np.ndarray, str]:
     """The examples of a source, the content key of each, and the format."""
-    label = config.path if isinstance(config.path, str) else ", ".join(config.path)
+    label = path if isinstance(path, str) else ", ".join(path)
     format = config.format if config.format != "auto" else formats.detect(source.rows(0, CHUNK), label)
     encoder = encode.encoder(tokenizer, config, format, has_chats(source, format))
     chunks = []

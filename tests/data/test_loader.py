@@ -73,6 +73,26 @@ def test_batches(make_tokenizer, write, chats):
         assert batch["positions"].max() < 64
 
 
+def test_packed_is_unpacked(make_tokenizer, write, chats):
+    """Each segment of a packed row is exactly a row of its own: tokens, positions and what is learnt."""
+    path, tokenizer = write(chats(40)), make_tokenizer()
+
+    def documents(packing):
+        for batch in loader_of(path, tokenizer, packing=packing, epochs=1, max_length=100):
+            for row in range(len(batch["tokens"])):
+                segments = batch["segments"][row] if packing == "best_fit" else np.ones(100, np.int32)
+                for segment in range(1, segments.max(initial=0) + 1):
+                    (at,) = np.nonzero(segments == segment)
+                    size = batch["positions"][row, at].max() + 1  # unpacked, the padding is position 0 again
+                    if size > 1:
+                        yield tuple(
+                            tuple(batch[name][row, at[:size]].tolist()) for name in ("tokens", "positions", "loss_mask")
+                        )
+
+    packed = sorted(documents("best_fit"))
+    assert packed == sorted(documents("none")) and len(packed) == 40
+
+
 def test_nothing_is_lost_at_the_end_of_an_epoch(make_tokenizer, write, chats):
     path, tokenizer = write(chats(21)), make_tokenizer()
     for packing in ("best_fit", "none", "wrapped"):
