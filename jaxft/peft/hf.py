@@ -6,6 +6,7 @@ Nothing is returned before everything has been verified.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,16 @@ def load_adapter(params: tree.Params, names: Names, num_layers: int, directory: 
 
     Raises AdapterError naming what is not understood, missing, left over or of another shape."""
     where = Path(directory).expanduser().absolute()
-    config, tensors = disk.read(where)
+    config, tensors = _modern(*disk.read(where))
     form = _format_named(where, config)
     _refuse_fields(where, config, form)
     form.refuse(where, config)
     names = places.rows(names)
     modules = tuple(config.get("modules_to_save") or ())
     saved = targets.find_whole(names, num_layers, modules) if modules else []
-    params = whole_hf.replace_bases(where, tensors, params, [name for name in names if name not in saved])
+    params = whole_hf.replace_bases(where, config, tensors, params, names, saved)
     params = form.restore(where, config, tensors, params, names)
-    params = whole_hf.restore(where, config, tensors, params, names, saved)
+    params = whole_hf.restore(where, config, tensors, params, saved)
     params = whole_hf.restore_biases(where, config, tensors, params, names)
     if tensors:
         remedy = "Nothing here uses them, so the model would not be the one that was saved."
@@ -128,6 +129,16 @@ def load_adapter(params: tree.Params, names: Names, num_layers: int, directory: 
             where, f"unused tensors {disk.some(sorted(tensors))}", "only tensors of this adapter", remedy
         )
     return params
+
+
+def _modern(config: dict[str, Any], tensors: disk.Tensors) -> tuple[dict[str, Any], disk.Tensors]:
+    """gpt_neox's head was the module embed_out before transformers 5."""
+    if not any(key.startswith("embed_out.") for key in tensors):
+        return config, tensors
+    for field in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(field), list):
+            config = {**config, field: ["lm_head" if m == "embed_out" else m for m in config[field]]}
+    return config, {re.sub(r"^embed_out\.", "lm_head.", key): array for key, array in tensors.items()}
 
 
 def _format_named(where: Path, config: dict[str, Any]) -> Format:

@@ -16,11 +16,12 @@ TOKENS, HEAD = "embed/tokens", "head"
 
 
 def rows(names: Names) -> Names:
-    """The names with a row for the head, which a tied model's own names leave out."""
-    if any(name.path == HEAD for name in names) or not any(name.path == TOKENS for name in names):
+    """The names as peft sees them: with a row for the head, which a tied model's own names leave out.
+
+    The head's module is lm_head in every model; gpt_neox only stores its tensor as embed_out."""
+    if not any(name.path == TOKENS for name in names):
         return names
-    module = "embed_out" if names[0].module.startswith("gpt_neox.") else "lm_head"
-    return (*names, Name(HEAD, module, "linear"))
+    return (*(name for name in names if name.path != HEAD), Name(HEAD, "lm_head", "linear"))
 
 
 def is_tied_head(params: tree.Params, name: Name) -> bool:

@@ -82,13 +82,18 @@ def export_biases(
     raise AdapterError(where, f"trained biases of {disk.some(sorted(trained))}", expected)
 
 
-def replace_bases(where: object, tensors: Tensors, params: tree.Params, rows: list[Name]) -> tree.Params:
-    """Puts base weights that were saved with the adapter (of ``rows``, not trained whole) in the model's place."""
-    for name in rows:
-        if name.kind == "embedding" or name.path == places.HEAD:
-            for key in (f"{name.module}.base_layer.weight", f"{name.module}.weight"):
-                if key in tensors:
-                    params = _replace_base(where, key, tensors.pop(key), params, name)
+def replace_bases(
+    where: object, config: Fields, tensors: Tensors, params: tree.Params, names: Names, saved: list[Name]
+) -> tree.Params:
+    """Puts base weights that were saved with the adapter, and are not trained whole, in the model's place."""
+    follows = config.get("ensure_weight_tying") and places.HEAD not in params
+    for name in names:
+        if name in saved or not (name.kind == "embedding" or name.path == places.HEAD):
+            continue
+        for key in (f"{name.module}.base_layer.weight", f"{name.module}.weight"):
+            array = tensors.pop(key, None)
+            if array is not None and not (follows and name.path == places.HEAD):  # peft stores a head that follows too
+                params = _replace_base(where, key, array, params, name)
     return params
 
 
@@ -107,9 +112,7 @@ def _replace_base(where: object, key: str, array: np.ndarray, params: tree.Param
     return tree.replace(params, name.path, new)
 
 
-def restore(
-    where: object, config: Fields, tensors: Tensors, params: tree.Params, names: Names, saved: list[Name]
-) -> tree.Params:
+def restore(where: object, config: Fields, tensors: Tensors, params: tree.Params, saved: list[Name]) -> tree.Params:
     """Trains the modules of ``saved`` whole, from their tensors."""
     tying = bool(config.get("ensure_weight_tying"))
     for name in saved:
@@ -120,9 +123,8 @@ def restore(
             params = tree.replace(params, name.path, filled)
         elif isinstance(w, InPlace):  # else a tied head that follows the embedding
             params = places.put(params, name, _filled_module(where, tensors, params, name, w))
-    if saved and places.follows(params, names):  # peft stores the head that follows it too
-        for name in names:
-            tensors.pop(f"{name.module}.weight" if name.path == places.HEAD else "", None)
+        else:
+            tensors.pop(f"{name.module}.weight", None)
     return params
 
 
