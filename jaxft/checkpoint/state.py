@@ -53,7 +53,7 @@ def open_folder(
 
     ``mode``: whether the best score is the lowest or the highest."""
     policies = ocp.checkpoint_managers
-    keep: list[policies.PreservationPolicy] = [policies.LatestN(max(config.keep_last, 1))]
+    keep: list[ocp.checkpoint_managers.PreservationPolicy] = [policies.LatestN(max(config.keep_last, 1))]
     if config.keep_best:
         sign = -1 if mode == "min" else 1
         keep.append(

@@ -41,17 +41,18 @@ class Watch:
                 *self.last,
                 f"  The parameters are those before these steps. {saved}",
                 "  What usually helps, in this order:",
-                "  - if this began with the first step: check the model (dtype float32 or bfloat16, not float16) and",
-                "    look at the rows with `jaxft data CONFIG`;",
-                "  - a lower optim.lr, a longer optim.warmup_steps, optim.clip_norm=1.0;",
-                "  - if it is always the same rows: take them out of the data.",
+                "  - from the first step on: model.dtype=float32 (float16 overflows), and a look at the rows with",
+                "    `jaxft data CONFIG`;",
+                "  - later: a lower optim.lr, a longer optim.warmup_steps, optim.clip_norm=1.0, in a new run_dir;",
+                "  - always at the same batch, whatever the rate: a row of the data that breaks the model.",
             ]
         )
 
 
 def _describe(step: int, metrics: Mapping[str, float], batch: Mapping[str, np.ndarray], cursor: Any) -> str:
     bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
-    facts = [f"learning_rate {metrics['learning_rate']:.3g}", f"data cursor {cursor}"]
+    where = cursor["consumed"] if isinstance(cursor, Mapping) and "consumed" in cursor else cursor
+    facts = [f"learning_rate {metrics['learning_rate']:.3g}", f"batch {where} of the data"]
     if "sequence_id" in batch:
         ids = sorted({int(i) for i in np.unique(batch["sequence_id"]) if i >= 0})
         facts.append(f"sequences {', '.join(map(str, ids[:16]))}{' ...' if len(ids) > 16 else ''}")

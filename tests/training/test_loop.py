@@ -160,7 +160,7 @@ def test_three_bad_batches_in_a_row_stop_the_run_with_a_diagnosis(parts, tmp_pat
     message = str(error.value)
     assert "3 steps in a row" in message
     assert "step 5: loss nan" in message and "step 7: loss nan" in message
-    assert "sequences 4" in message and "data cursor {'consumed': 5}" in message
+    assert "sequences 4" in message and "batch 5 of the data" in message
     assert "optim.lr" in message and f"{tmp_path / 'bad' / 'checkpoints'}" in message
     # the last good state: steps 1, 3 and 4 were applied, nothing else
     with disk.open_folder(tmp_path / "bad" / "checkpoints") as manager:

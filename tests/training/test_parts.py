@@ -54,7 +54,7 @@ def test_the_watch_counts_only_steps_in_a_row():
     bad["grad_norm"] = float("inf")
     assert [watch.see(i, m, {}, i) for i, m in enumerate([bad, good, bad, bad])] == [False, False, False, True]
     message = watch.diagnosis("They are saved in X.")
-    assert "step 2: grad_norm inf (learning_rate 0.1; data cursor 2)" in message and "step 0" not in message
+    assert "step 2: grad_norm inf (learning_rate 0.1; batch 2 of the data)" in message and "step 0" not in message
 
 
 def test_throughput_by_hand():
