@@ -153,8 +153,8 @@ def _restore(
     for i, (module, rank) in enumerate(zip(modules, ranks, strict=True)):
         if rank:
             key_a, key_b = _keys(name, module)
-            a[i, :, :rank] = _take(where, tensors, key_a, (rank, rows)).T
-            b[i, :rank] = _take(where, tensors, key_b, (columns, rank)).T
+            a[i, :, :rank] = _take(where, tensors, key_a, (int(rank), rows)).T
+            b[i, :rank] = _take(where, tensors, key_b, (columns, int(rank))).T
     rslora = bool(config.get("use_rslora", False))
     scale = lora.scales(ranks, alphas, rslora)
     if not name.stacked:
