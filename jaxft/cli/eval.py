@@ -1,6 +1,7 @@
 """`jaxft eval TARGET`: loss, perplexity and token accuracy on held-out data, and exact match of greedy replies.
 
-The data are the config's held-out part; where it has none, all of `data.path`.
+The data are the config's held-out part; where it has none, or `data.path` is given on the command line, all of
+`data.path`.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Measures and prints."""
-    found = target.find(args.target, args.overrides)
+    found = target.find(args.target, _other_data(args.overrides))
     config = found.config
     if not config.data.path and config.data.eval_path is None:
         raise ConfigError("say on which data: data.path=rows.jsonl")
@@ -64,6 +65,14 @@ def command(args: argparse.Namespace) -> int:
     else:
         _show(source, examples, values, said, args.samples)
     return 0
+
+
+def _other_data(overrides: list[str]) -> list[str]:
+    """With `data.path` given, what the config held out of other data is meant no more."""
+    keys = {word.partition("=")[0] for word in overrides}
+    if "data.path" not in keys or any(key.startswith("data.eval_") for key in keys):
+        return overrides
+    return [*overrides, "data.eval_path=null", "data.eval_split=null", "data.eval_fraction=0", "data.eval_examples=0"]
 
 
 def held_out(config: DataConfig, model: Model) -> tuple[Examples, str, str]:

@@ -29,6 +29,7 @@ def show(console: Console, config: RunConfig, result: Result, folder: Path, writ
         f"  jaxft eval {folder} data.path=<rows>     loss and exact match on other rows\n"
         f"  jaxft merge {folder} --out <folder>      a model for transformers or vLLM",
         markup=False,
+        soft_wrap=True,
     )
 
 

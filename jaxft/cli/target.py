@@ -80,6 +80,10 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
 def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:
     """The model, and its parameters with the adapter on them; on a mesh if there is one."""
     section = found.config.model
+    if section.init == "random":
+        raise ConfigError(
+            f"model.init: random weights of {section.path} are not kept; give a model that is (model.init=pretrained)"
+        )
     model = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh)
     params = model.params if found.adapter is None else model_.load_adapter(model, found.adapter)
     return model, params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))

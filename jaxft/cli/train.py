@@ -27,15 +27,19 @@ from jaxft.training.loop import Settings
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the config and `--resume`."""
+    """Adds the config, `--resume` and `--dry-run`."""
     arguments_.add_config(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in run_dir (resume=true)")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, print all of it, and do nothing else")
 
 
 def command(args: argparse.Namespace) -> int:
-    """Trains; returns the exit code."""
+    """Trains (or, in a dry run, shows the whole config); returns the exit code."""
     file, overrides = arguments_.split(args.words)
     config = config_.load(file, [*overrides, *(["resume=true"] if args.resume else [])])
+    if args.dry_run:
+        print(config_.dump(config), end="")
+        return 0
     return run(config)
 
 

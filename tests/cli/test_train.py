@@ -1,0 +1,115 @@
+"""jaxft train from the command line to files that transformers and peft load."""
+
+import json
+
+import pytest
+
+from jaxft import cli, config
+
+CHATS = [("Sort: 3 1 2", "1 2 3"), ("Spell dog", "d o g"), ("Say hi", "hi"), ("Add 2 and 3", "5")]
+
+
+@pytest.fixture
+def words(tiny, tmp_path):
+    """A short run: four chats, two of them held out."""
+    lines = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in CHATS]
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in lines))
+    return [
+        "train", f"model.path={tiny}", "model.dtype=float32", f"data.path={tmp_path / 'train.jsonl'}",
+        f"data.eval_path={tmp_path / 'held_out.jsonl'}", "data.max_length=64", "train.batch=8", "train.steps=4",
+        "optim.lr=0.01", "eval.samples=2", "generate.max_new_tokens=8", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def jaxft(capsys, *words):
+    """(exit code, stdout, stderr) of one command."""
+    code = cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def torch_logits(folder, adapter=None):
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model if adapter is None else peft.PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model(torch.arange(5, 25)[None]).logits
+
+
+def test_lora_from_config_to_peft(capsys, words, tiny, tmp_path):
+    run = tmp_path / "run"
+    code, out, err = jaxft(capsys, *words)
+    assert code == 0, err
+    assert "perplexity" in out and "the same prompts" in out and f"jaxft chat {run}" in out
+    losses = [row["loss"] for row in metrics(run) if "loss" in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoints", "adapter"} <= {
+        p.name for p in run.iterdir()
+    }
+    moved = abs(torch_logits(tiny, run / "adapter") - torch_logits(tiny)).max()
+    assert moved > 1e-2
+
+    code, _, err = jaxft(capsys, *words)
+    assert code == 2 and "holds a run; go on with it (--resume" in err
+
+    code, _, err = jaxft(capsys, "merge", run, "--out", tmp_path / "merged")
+    assert code == 0, err
+    assert abs(torch_logits(tmp_path / "merged") - torch_logits(tiny, run / "adapter")).max() < 1e-4
+
+    code, out, err = jaxft(capsys, "eval", run, "--json", "--limit", "0")
+    assert code == 0, err
+    last = [row for row in metrics(run) if "eval_loss" in row][-1]
+    assert json.loads(out)["loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
+
+
+def test_full_fine_tuning_writes_a_model_and_resumes(capsys, words, tiny, tmp_path):
+    run = tmp_path / "run"
+    code, _, err = jaxft(capsys, *words, "peft=full", "checkpoint.every=2", "eval.samples=0")
+    assert code == 0, err
+    first = torch_logits(run / "model")
+    assert abs(first - torch_logits(tiny)).max() > 1e-2
+    code, _, err = jaxft(
+        capsys, *words, "peft=full", "checkpoint.every=2", "eval.samples=0", "train.steps=6", "--resume"
+    )
+    assert code == 0, err
+    assert [row["step"] for row in metrics(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert abs(torch_logits(run / "model") - first).max() > 0
+
+
+def test_refusals_come_before_any_work(capsys, words, tmp_path):
+    for extra, said in (
+        (["optim.lrr=1"], "did you mean `optim.lr`?"),
+        (["peft.targets=[q_prj]"], "q_prj"),
+        (["data.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["model.path=/nowhere"], "/nowhere"),
+        (["train.epochs=1"], "expected one of the two"),
+    ):
+        code, _, err = jaxft(capsys, *words, *extra)
+        assert code in (1, 2) and said in err and "Traceback" not in err, (extra, err)
+        assert not (tmp_path / "run").exists(), extra
+
+
+def test_dry_run_prints_the_resolved_config(capsys, words, tmp_path):
+    code, out, _ = jaxft(capsys, *words, "--dry-run")
+    (tmp_path / "again.yaml").write_text(out)
+    assert code == 0 and not (tmp_path / "run").exists()
+    assert config.load(tmp_path / "again.yaml") == config.load(None, words[1:])
+
+
+def test_help_shows_every_key_and_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(
+        key in out for key in ("model.path", "data.max_length", "optim.lr", "peft.rank", "train.batch", "mesh.fsdp")
+    )
+    assert "required" in out and "Peak learning rate" in out
