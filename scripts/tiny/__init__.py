@@ -13,4 +13,5 @@ the corpus, the tokenizer and the model trained on them carry the licence of thi
     chats.py        chats, preference pairs, prompts with verifiable answers
     make_data.py    writes the files (run it with --help)
     make_tokenizer.py   trains the tokenizer
+    score.py        exact match per task of a trained model
 """

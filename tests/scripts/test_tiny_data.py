@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from scripts.tiny import chats, documents, language, make_data, make_tokenizer, sea, words
+from scripts.tiny import chats, documents, language, make_data, make_tokenizer, score, sea, words
 from scripts.tiny import task as tasklib
 from scripts.tiny.tasks import EASY, TASKS
 
@@ -225,3 +225,10 @@ def test_model_is_tiny():
     total = config.num_hidden_layers * layer + config.vocab_size * width + width
     assert total == 4_066_560
     assert (config.vocab_size, config.eos_token_id) == (len(tokenizer()), tokenizer().eos_token_id)
+
+
+def test_score_counts_the_first_line_of_a_worksheet_and_the_whole_reply_of_a_chat():
+    sheet = {"prompt": "2 + 8 =", "answer": "10", "task": "add"}
+    chat = {"prompt": [{"role": "user", "content": "What is 2 plus 8?"}], "answer": "10", "task": "change"}
+    assert score.score([sheet, sheet], [" 10.\n\n3 + 4 = 7", " 11\n10"]) == {"add": 0.5}
+    assert score.score([chat, chat], ["10\n", "10\n3 + 4"]) == {"change": 0.5}
