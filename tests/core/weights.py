@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxft.core import tree
+from jaxft.core import tree, verbs
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, Untied, Weight
 from jaxft.peft import lora, whole
@@ -119,6 +119,13 @@ ROWS: dict[str, Row] = {
     ),
     "lora embedding": Row(embedding(E, tied=False), embedding=True),
     "lora embedding, tied head": Row(embedding(E, tied=True), embedding=True),
+    "lora on a tied head": Row(embedding(LoRA(rank=3, targets=("lm_head",)), tied=True), embedding=True, experts=False),
+    "whole tied head": Row(
+        embedding(LoRA(rank=3, targets=("w",), modules_to_save=("lm_head",)), tied=True),
+        dense_gradient=True,
+        embedding=True,
+        experts=False,
+    ),
     "lora embedding, tied head follows": Row(
         embedding(LoRA(rank=3, targets=("embed",), ensure_weight_tying=True), tied=True), embedding=True
     ),
@@ -131,13 +138,18 @@ def trained(w: Weight, key: jax.Array, steps: int = 2) -> Weight:
         return w
     trainable, frozen = tree.partition(w, _mask(w))
     x = jax.random.normal(key, (5, IN)).astype(w.dtype)
+    features = jax.random.normal(jax.random.fold_in(key, 2), (5, OUT)).astype(w.dtype)
     target = jax.random.normal(jax.random.fold_in(key, 1), (LAYERS, 5, OUT))
 
     @jax.jit
     @jax.grad
     def gradient(trainable):
-        y = jax.vmap(lambda w: x @ w)(tree.combine(trainable, frozen))
-        return jnp.sum((y.astype(jnp.float32) - target) ** 2)
+        whole = tree.combine(trainable, frozen)
+        y = jax.vmap(lambda w: x @ w)(whole)
+        loss = jnp.sum((y.astype(jnp.float32) - target) ** 2)
+        if isinstance(w, Untied):  # only the look-up is a product: its head must move as well
+            loss += jnp.sum(jnp.sin(jax.vmap(lambda w: verbs.unembed(w, features))(whole).astype(jnp.float32)))
+        return loss
 
     for _ in range(steps):
         trainable = jax.tree.map(lambda p, g: p - 0.1 * jnp.sign(g), trainable, gradient(trainable))
