@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxft import config
-from jaxft.border import fields
+from jaxft import config, recipes
+from jaxft.border import check, fields, reading
 from jaxft.border.errors import ConfigError
 from jaxft.config import RunConfig
 from jaxft.objectives import OBJECTIVES
@@ -76,3 +76,29 @@ def test_schema_and_checker_name_the_same_keys():
     for (section, *rest), field, alternative in every_key():
         if not alternative and len(rest) == 1:
             assert described[section]["properties"][rest[0]]["description"] == field.doc
+
+
+@pytest.mark.parametrize("recipe", recipes.every(), ids=lambda recipe: recipe.name)
+def test_shipped_configs(recipe):
+    """Each loads, says in its header what it does and how, and holds nothing but what differs from the defaults."""
+    loaded = config.load(recipe.path, [] if "path:" in recipe.path.read_text() else ["model.path=x"])
+    assert recipe.title and recipe.facts["command"].startswith(f"jaxft train configs/{recipe.name}.yaml")
+    assert len(recipe.path.read_text().splitlines()) <= 40
+    alternatives = [f"peft.method={loaded.peft.name}", f"objective.name={loaded.objective.name}"]
+    defaults = check.plain(config.load(None, ["model.path=x", *alternatives]))
+    written = reading.read(recipe.path).values
+    same = [
+        f"{section}.{key}"
+        for section, keys in written.items()
+        for key, value in keys.items()
+        if defaults[section][key] == value and key not in ("method", "name")
+    ]
+    assert not same, f"the default already: {same}"
+
+
+def test_recipes_are_found_by_name(tmp_path, monkeypatch):
+    shipped = recipes.find("sft_lora")
+    monkeypatch.chdir(tmp_path)
+    assert recipes.find("configs/sft_lora.yaml") == recipes.find("sft_lora.yaml") == recipes.find("sft_lora") == shipped
+    (tmp_path / "sft_lora.yaml").write_text("model: {path: mine}")
+    assert recipes.find("sft_lora.yaml").resolve() == tmp_path / "sft_lora.yaml"

@@ -101,7 +101,7 @@ def start(
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
     reference = "reference" in OBJECTIVES[config.objective.name].views
     places = None
-    if mesh is not None:
+    if mesh is not None and parts.shardings is not None:
         shapes = state.abstract(parts.trainable, optimizer, key, reference)
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         places = state.shardings(shapes, parts.shardings, whole)

@@ -71,7 +71,9 @@ def run(config: RunConfig) -> int:
 
     objective, settings = OBJECTIVES[config.objective.name], config.objective.value
     place = mesh_.placer(mesh)
-    shardings = None if places is None else step.Shardings(places, _of(frozen), mesh_.batch_sharding(mesh))
+    shardings = (
+        None if places is None or mesh is None else step.Shardings(places, _of(frozen), mesh_.batch_sharding(mesh))
+    )
     folder, _ = run_dir.claim(config)
     evaluators = []
     if held_out is not None:
