@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from scripts.tiny import task as tasklib
 from scripts.tiny import words
 from scripts.tiny.language import Person, people, story
+from scripts.tiny.talk import talk
 from scripts.tiny.tasks import EASY, TASKS
 
 # The easy tasks come twice as often as the others.
@@ -22,8 +23,8 @@ HEADS = ("Exercises", "Worksheet", "Homework", "Lesson {n}", "Page {n}", "Practi
 
 
 def page_of_stories(rng: random.Random) -> str:
-    """Two to four stories, one paragraph each."""
-    return "\n\n".join(story(rng) for _ in range(rng.randint(2, 4)))
+    """Two to four stories, one paragraph each; every third is talk."""
+    return "\n\n".join((talk if rng.random() < 0.33 else story)(rng) for _ in range(rng.randint(2, 4)))
 
 
 def fitting(lines: Iterator[str]) -> list[str]:
@@ -79,7 +80,7 @@ def _told(rng: random.Random, who: Person, *, held: bool) -> str:
 
 def vocabulary(rng: random.Random) -> str:
     """Lists of words, as they begin a line and as they stand within one."""
-    chosen = rng.sample(words.COMMON, 24)
+    chosen = rng.sample((*words.COMMON, *words.NAMES, *words.PLACES, "user", "assistant", "system"), 24)
     return "\n".join(" ".join(chosen[i : i + 4]) for i in range(0, 24, 4))
 
 
