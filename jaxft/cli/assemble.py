@@ -56,9 +56,11 @@ def devices(config: RunConfig) -> Mesh | None:
 def model(config: RunConfig, mesh: Mesh | None) -> Model:
     """The base model, read or drawn anew, with the chat template that the data is written in."""
     section = config.model
-    make = model_.load if section.init == "pretrained" else model_.random
-    key = {} if section.init == "pretrained" else {"key": jax.random.key(config.train.seed)}
-    found = make(section.path, section.dtype, revision=section.revision, mesh=mesh, **key)
+    if section.init == "pretrained":
+        found = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh)
+    else:
+        key = jax.random.key(config.train.seed)
+        found = model_.random(section.path, section.dtype, revision=section.revision, mesh=mesh, key=key)
     if found.tokenizer is None:
         raise ValueError(f"model.path: {section.path} holds no tokenizer; put the model's tokenizer files beside it")
     data.install(found.tokenizer, config.data.template)
