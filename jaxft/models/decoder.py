@@ -8,6 +8,7 @@ Unusual: what the backward pass keeps is chosen by name. ``save`` keeps the outp
 attention kernel, so that nothing expensive is done twice, and recomputes norms, rotations and activations.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,10 +74,9 @@ def forward(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     if cache is not None:
         segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
-    x_BTD = embed(config, params, tokens_BT, positions_BT)
+    x_BTD = _rows(execution, _features(execution, embed(config, params, tokens_BT, positions_BT)))
     if noise_BTD is not None:
         x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
-    x_BTD = _rows(execution, x_BTD)
     context = _Context(config, execution, positions_BT, segments_BT, cache)
     x_BTD, cache, outputs = _layers(context, params["layers"], x_BTD, bool(capture))
     captured = {"layers": outputs} if capture else {}
@@ -95,10 +95,23 @@ def embed(config: ModelConfig, params: tree.Params, tokens_BT: jax.Array, positi
 
 def _rows(execution: Execution, x_BTD: jax.Array) -> jax.Array:
     """Keeps activations sharded by rows over the data axes, so that the compiler gathers weights and not them."""
-    if execution.mesh is None:
-        return x_BTD
-    spec = jax.sharding.PartitionSpec(("data", "fsdp"))
-    return jax.lax.with_sharding_constraint(x_BTD, jax.sharding.NamedSharding(execution.mesh, spec))
+    return _constrain(execution, x_BTD, (("data", "fsdp"), (), ()))
+
+
+def _features(execution: Execution, x_BTD: jax.Array) -> jax.Array:
+    """What the look-up in a table with sharded features gives, before it is exchanged for rows.
+
+    Said aloud, since the compiler otherwise finds no way from one to the other but a copy of all rows everywhere."""
+    return _constrain(execution, x_BTD, (("data",), (), ("fsdp",)))
+
+
+def _constrain(execution: Execution, x: jax.Array, axes: tuple[tuple[str, ...], ...]) -> jax.Array:
+    """Shards each axis of ``x`` over mesh axes, where all divide; left to the compiler otherwise."""
+    mesh = execution.mesh
+    if mesh is None or any(n % math.prod(mesh.shape[a] for a in over) for n, over in zip(x.shape, axes, strict=True)):
+        return x
+    spec = jax.sharding.PartitionSpec(*(over or None for over in axes))
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 class _Context:
@@ -121,7 +134,7 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
     """All layers, scanned by period or unrolled: (x, cache, outputs[L, B, T, D] or None)."""
     config, execution = context.config, context.execution
     split = any(isinstance(a, Split) for a in jax.tree.leaves(stack, is_leaf=lambda a: isinstance(a, Split)))
-    unroll = execution.unroll or split
+    unroll = execution.unroll or split or config.period == config.num_layers  # a loop of one turn is none
 
     def one(kind: Layer):
         def body(x, p, cached, i):

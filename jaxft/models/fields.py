@@ -19,6 +19,8 @@ HARMLESS = frozenset(
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
     torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     attention_dropout hidden_dropout embd_pdrop attn_pdrop resid_pdrop embd_dropout classifier_pdrop
+    attention_probs_dropout_prob hidden_dropout_prob num_labels _num_labels is_llama_config max_sequence_length
+    transformers.js_config
 """.split()
 )
 

@@ -46,6 +46,7 @@ def test_published_configs(name):
 COUNTS = {
     "Llama-2-7b-hf": 6_738_415_616,
     "Llama-3.2-1B": 1_235_814_400,
+    "SmolLM2-135M": 134_515_008,
     "Mistral-7B-v0.1": 7_241_732_096,
     "Qwen2.5-0.5B": 494_032_768,
     "Qwen3-0.6B": 596_049_920,
@@ -133,6 +134,7 @@ NESTED = {"full_attention": {"rope_type": "default"}, "rope_theta": 500.0}
 UNSUPPORTED = [
     ("llama", "hidden_act", "xielu"),
     ("llama", "partial_rotary_factor", 0.5),
+    ("llama", "rope_interleaved", True),
     ("llama", "per_layer_config", {"0": {"num_key_value_heads": 1}}),
     ("mistral", "attention_bias", True),
     ("mistral", "layer_types", ["full_attention"] * 12),
@@ -145,6 +147,7 @@ UNSUPPORTED = [
     ("qwen3", "num_experts", 8),
     ("gpt2", "add_cross_attention", True),
     ("gpt2", "n_ctx", 7),
+    ("gpt2", "n_special", 3),
     ("gpt2", "activation_function", "quick_gelu"),
     ("gpt_neox", "rope_theta", 500.0),
     ("gpt_neox", "num_key_value_heads", 2),

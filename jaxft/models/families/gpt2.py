@@ -7,7 +7,7 @@ from jaxft.models.fields import ACTIVATIONS, Fields
 # The heads of other tasks, and the precision in which scores are computed: no part of the language model's maths.
 IGNORED = (
     "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout "
-    "reorder_and_upcast_attn"
+    "reorder_and_upcast_attn predict_special_tokens output_past"
 )
 
 
@@ -15,6 +15,7 @@ def config(fields: Fields) -> ModelConfig:
     """ModelConfig of a gpt2 config.json."""
     hidden, heads, positions = fields.get("n_embd"), fields.get("n_head"), fields.get("n_positions", 1024)
     fields.expect("n_ctx", positions, why="it is n_positions under an older name")
+    fields.expect("n_special", 0, why="extra embeddings are not implemented")
     fields.expect("add_cross_attention", False, why="only decoders without an encoder are implemented")
     for name in IGNORED.split():
         fields.get(name, None)

@@ -50,6 +50,7 @@ def rope_of(fields: Fields, common: dict[str, Any], theta: float = 10000.0) -> t
 def config(fields: Fields) -> ModelConfig:
     """ModelConfig of a llama config.json."""
     common = fields_of(fields)
+    fields.expect("rope_interleaved", False, why="heads are rotated as two halves")
     return ModelConfig(**common, layers=(Layer(),) * fields.get("num_hidden_layers"), ropes=rope_of(fields, common))
 
 
