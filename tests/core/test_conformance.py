@@ -325,10 +325,15 @@ def test_merge_equals_unmerged(row: Row, stack, x):
 
 
 def test_merge_in_bf16_rounds_once(row: Row, key):
+    """The merged matrix is that of float32 arithmetic on the stored numbers, rounded; once for each adapter."""
     w = trained(row.build(key, jnp.dtype("bfloat16")), key)
-    merged = tree.merge({"w": w})["w"]
-    assert verbs.dense(merged).dtype == jnp.bfloat16
-    chex.assert_trees_all_equal(verbs.dense(merged), verbs.dense(w))
+    merged = verbs.dense(tree.merge({"w": w})["w"])
+    truth = verbs.dense(tree.cast(w, F32))
+    assert merged.dtype == jnp.bfloat16
+    if repr(w).count("LoRAWeight") > 1:
+        chex.assert_trees_all_close(merged.astype(F32), truth, rtol=2 * 2.0**-8, atol=2.0**-8)
+    else:
+        chex.assert_trees_all_equal(merged, truth.astype(jnp.bfloat16))
 
 
 def test_strip_returns_the_same_buffers(stack):

@@ -4,8 +4,10 @@ import jax
 import numpy as np
 import peft
 import pytest
+import transformers
 from safetensors.numpy import load_file
 
+import jaxft
 from jaxft import peft as jaxft_peft
 from jaxft.core import tree
 from jaxft.peft import LoRA, LoRAWeight, places
@@ -192,3 +194,22 @@ def _selected(name: str, config: LoRA) -> dict[str, tuple[int, float]]:
         modules = row.modules(loaded.config.num_layers)
         found |= {m: (int(r), float(s)) for m, r, s in zip(modules, ranks, scales, strict=True) if r}
     return found
+
+
+@pytest.mark.parametrize("case", ["default", "tied embedding", "tied saved head", "tied saved follows", "gpt2"])
+def test_merged_model_in_transformers(case, tmp_path):
+    """Through the public names: peft's adapter, merged and exported, gives peft's logits in `transformers`.
+
+    A tied model whose embedding alone was changed becomes an untied one."""
+    name, config = BOTH[case]
+    made = pairs.peft_model(name, peft_config(name, config))
+    adapter = pairs.peft_save(made, tmp_path / "adapter")
+    pairs.torch_model(name).save_pretrained(tmp_path / "base")
+    model = jaxft.load(tmp_path / "base", dtype="float32")
+    params = jaxft.load_adapter(model, adapter)
+    exported = jaxft.save_hf(model, jaxft.merge(params), tmp_path / "merged")
+    read = transformers.AutoModelForCausalLM.from_pretrained(exported, attn_implementation="eager").eval()
+    np.testing.assert_allclose(pairs.torch_logits(read), pairs.torch_logits(made), rtol=0, atol=TOLERANCE)
+    assert read.config.tie_word_embeddings == (case in ("tied saved follows", "gpt2"))
+    again = jaxft.load_adapter(model, jaxft.save_adapter(model, params, tmp_path / "ours"))
+    np.testing.assert_array_equal(pairs.logits(name, again), pairs.logits(name, params))
