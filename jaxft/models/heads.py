@@ -8,6 +8,7 @@ chunk by chunk in the backward pass instead.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ LOGIT_ELEMENTS = 2**28  # largest chunk of logits, in elements
 MIN_CHUNKS = 8
 METRICS = ("entropy", "correct", "sum_p2")  # not differentiated: their gradients are not computed
 NEEDS = ("logp", *METRICS)
+ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
 
 
 def head_of(config: ModelConfig, params: tree.Params) -> Any:
@@ -39,16 +41,35 @@ def logits(config: ModelConfig, head: Any, x: jax.Array) -> jax.Array:
 
 
 def token_scores(
-    config: ModelConfig, head: Any, x_BTD: jax.Array, labels_BT: jax.Array, needs: tuple[str, ...] = ("logp",)
+    config: ModelConfig,
+    head: Any,
+    x_BTD: jax.Array,
+    labels_BT: jax.Array,
+    needs: tuple[str, ...] = ("logp",),
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """What an objective needs of the next-token distribution at each hidden state, float32[B, T] each.
 
     ``labels`` int32[B, T] is the token each state should predict (any id where it does not matter). logp: log p(label);
     entropy: nats; correct: 1 where the label is the most likely token; sum_p2: sum over the vocabulary of p squared.
-    Only logp carries a gradient. Raises ValueError for another need."""
+    Only logp carries a gradient. Under a ``mesh`` the head is gathered once and its gradient reduced once, not for
+    each chunk. Raises ValueError for another need."""
     unknown = [n for n in needs if n not in NEEDS]
     if unknown:
         raise ValueError(f"needs: got {unknown}; expected names among {NEEDS}")
+    run = functools.partial(_token_scores, config, tuple(needs))
+    shards = 1 if mesh is None else math.prod(mesh.shape[a] for a in ROWS)
+    if mesh is None or shards == 1 or labels_BT.shape[0] % shards:
+        return run(head, x_BTD, labels_BT)
+    rows = jax.sharding.PartitionSpec(ROWS)
+    specs = (jax.sharding.PartitionSpec(), rows, rows)
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(ROWS), check_vma=False)(
+        head, x_BTD, labels_BT
+    )
+
+
+def _token_scores(config: ModelConfig, needs: tuple[str, ...], head: Any, x_BTD: jax.Array, labels_BT: jax.Array):
+    """`token_scores` of one device's rows."""
     batch, length = labels_BT.shape
     wanted = max(MIN_CHUNKS, -(-batch * length * config.vocab_size // LOGIT_ELEMENTS))
     chunks = min(length, wanted)
@@ -59,7 +80,7 @@ def token_scores(
     # Chunks run along T, so that a batch sharded over devices stays where it is.
     x = jnp.moveaxis(x_BTD.reshape(batch, chunks, size, -1), 1, 0)
     labels = jnp.moveaxis(labels_BT.reshape(batch, chunks, size), 1, 0)
-    out = _scores(config, tuple(needs), head, x, labels)
+    out = _scores(config, needs, head, x, labels)
     return {n: jnp.moveaxis(v, 0, 1).reshape(batch, -1)[:, :length] for n, v in out.items()}
 
 
@@ -92,10 +113,10 @@ def _scores(config: ModelConfig, needs: tuple[str, ...], head: Any, x: jax.Array
 
 def _forward(config, needs, head, x, labels):
     """Also the gradient row of each log-probability if the head is frozen; else what a recomputation needs."""
-    trained = any(leaf.perturbed for leaf in jax.tree.leaves(head))
+    trained, frozen = tree.partition(jax.tree.map(lambda a: a.value, head), jax.tree.map(lambda a: a.perturbed, head))
     head, x, labels = jax.tree.map(lambda a: a.value, (head, x, labels))
-    if trained:
-        return _scores(config, needs, head, x, labels), (head, x, labels, None)
+    if jax.tree.leaves(trained):
+        return _scores(config, needs, head, x, labels), (trained, frozen, x, labels, None)
 
     def chunk(_, inputs):
         x_c, labels_c = inputs
@@ -106,7 +127,7 @@ def _forward(config, needs, head, x, labels):
         return None, ({"logp": logp, **rest}, row)
 
     _, (out, rows) = jax.lax.scan(chunk, None, (x, labels))
-    return out, (head, None, labels, rows)
+    return out, (trained, frozen, None, labels, rows)
 
 
 def _split(out: dict[str, jax.Array]):
@@ -114,7 +135,7 @@ def _split(out: dict[str, jax.Array]):
 
 
 def _backward(config, needs, residuals, cotangents):
-    head, x, labels, rows = residuals
+    trained, frozen, x, labels, rows = residuals
     g = cotangents["logp"]
     g = jnp.zeros(labels.shape, jnp.float32) if isinstance(g, jax.custom_derivatives.SymbolicZero) else g
     if rows is not None:
@@ -122,22 +143,17 @@ def _backward(config, needs, residuals, cotangents):
 
     def chunk(total, inputs):
         x_c, labels_c, g_c = inputs
-        _, pull = jax.vjp(lambda h, x_c: _statistics(config, (), h, x_c, labels_c)["logp"], head, x_c)
-        d_head, d_x = pull(g_c)
-        return jax.tree.map(_accumulate, total, d_head), d_x
 
-    zero = jax.tree.map(_zero, head)
+        def score(trained, x_c):
+            return _statistics(config, (), tree.combine(trained, frozen), x_c, labels_c)["logp"]
+
+        _, pull = jax.vjp(score, trained, x_c)
+        more, d_x = pull(g_c)
+        return jax.tree.map(lambda t, d: t + d.astype(jnp.float32), total, more), d_x
+
+    zero = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), trained)
     d_head, d_x = jax.lax.scan(chunk, zero, (x, labels, g))
-    return jax.tree.map(lambda d, w: d if d.dtype == jax.dtypes.float0 else d.astype(w.dtype), d_head, head), d_x, None
-
-
-def _zero(w: jax.Array):
-    floating = jnp.issubdtype(w.dtype, jnp.inexact)
-    return jnp.zeros(w.shape, jnp.float32) if floating else jnp.zeros((), jnp.float32)
-
-
-def _accumulate(total: jax.Array, d: jax.Array):
-    return total if d.dtype == jax.dtypes.float0 else total + d.astype(jnp.float32)
+    return jax.tree.map(lambda d, w: d.astype(w.dtype), d_head, trained), d_x, None
 
 
 _scores.defvjp(_forward, _backward, symbolic_zeros=True)

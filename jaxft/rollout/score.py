@@ -44,7 +44,8 @@ def make_score(
         params = tree.cast(tree.dropout_keys(params, mine), dtype)
         noise_BTD = None
         if key is not None and neftune_alpha > 0.0:
-            noise_BTD = _neftune(key, neftune_alpha, tokens_BT.shape, segments_BT, config.hidden_size)
+            lengths_BT = document_lengths(tokens_BT, batch.get("positions"), segments_BT)
+            noise_BTD = neftune(key, neftune_alpha, lengths_BT, config.hidden_size)
         hidden_BTD, _, _ = decoder.forward(
             config,
             params,
@@ -55,7 +56,8 @@ def make_score(
             noise_BTD=noise_BTD,
         )
         labels_BT = jnp.roll(tokens_BT, -1, axis=1)
-        out = heads.token_scores(config, heads.head_of(config, params), hidden_BTD, labels_BT, needs)
+        head = heads.head_of(config, params)
+        out = heads.token_scores(config, head, hidden_BTD, labels_BT, needs, execution.mesh)
         follows_BT = follows(tokens_BT, segments_BT)
         return {name: jnp.where(follows_BT, jnp.roll(value, 1, axis=1), 0.0) for name, value in out.items()}
 
@@ -70,15 +72,18 @@ def follows(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
     return (segments_BT == jnp.roll(segments_BT, 1, axis=1)) & (segments_BT > 0) & ~first_BT
 
 
-def _neftune(
-    key: jax.Array, alpha: float, shape: tuple[int, ...], segments_BT: jax.Array | None, width: int
-) -> jax.Array:
-    """Uniform noise [B, T, D] whose magnitude falls with the length of the token's own document."""
-    batch, length = shape
-    lengths_BT = jnp.full(shape, length, jnp.float32)
+def document_lengths(tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> jax.Array:
+    """int32[B, T]: the number of tokens of each token's own document, padding not counted where it can be told."""
     if segments_BT is not None:
-        count = jax.vmap(lambda s: jnp.bincount(s, length=length + 1))(segments_BT)
-        lengths_BT = jnp.take_along_axis(count, segments_BT, axis=1).astype(jnp.float32)
-    magnitude_BT1 = (alpha / jnp.sqrt(jnp.maximum(lengths_BT, 1.0) * width))[..., None]
+        count = jax.vmap(lambda s: jnp.bincount(s, length=s.shape[0] + 1))(segments_BT)
+        return jnp.take_along_axis(count, segments_BT, axis=1)
+    if positions_BT is not None:
+        return jnp.broadcast_to(jnp.max(positions_BT, axis=1, keepdims=True) + 1, tokens_BT.shape)
+    return jnp.full(tokens_BT.shape, tokens_BT.shape[1], jnp.int32)
+
+
+def neftune(key: jax.Array, alpha: float, lengths_BT: jax.Array, width: int) -> jax.Array:
+    """Uniform noise [B, T, D] whose magnitude, alpha / sqrt(length * D), falls with the length of the document."""
+    magnitude_BT1 = (alpha / jnp.sqrt(lengths_BT.astype(jnp.float32) * width))[..., None]
     noise_key = jax.random.fold_in(key, zlib.crc32(b"neftune"))
-    return jax.random.uniform(noise_key, (batch, length, width), minval=-1.0, maxval=1.0) * magnitude_BT1
+    return jax.random.uniform(noise_key, (*lengths_BT.shape, width), minval=-1.0, maxval=1.0) * magnitude_BT1
