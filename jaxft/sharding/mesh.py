@@ -71,7 +71,7 @@ def check_rows(mesh: Mesh, rows: int) -> None:
     shards = math.prod(mesh.shape[axis] for axis in ROWS)
     if rows % shards:
         raise ValueError(
-            f"train.batch_size={rows} rows do not divide over data x fsdp = {shards} devices; "
+            f"train.batch={rows} rows do not divide over data x fsdp = {shards} devices; "
             f"use a multiple of {shards}, or more of mesh.tensor"
         )
 

@@ -50,13 +50,12 @@ def logical(path: str) -> Axes:
 
 def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
     """Mesh axes for an array. Raises ValueError if two of its axes would use the same mesh axis."""
-    placed: list[str | None] = []
-    for name, size in zip(axes, shape, strict=False):
-        axis = rules[name] if name is not None else None
-        if axis is not None and axis in placed:
+    wanted = [rules[name] if name is not None else None for name in axes]
+    for axis in wanted:
+        if axis is not None and wanted.count(axis) > 1:
             raise ValueError(f"sharding rules put two axes of {axes} on the mesh axis '{axis}'")
-        placed.append(axis if axis is not None and size % mesh.shape[axis] == 0 else None)
-    return PartitionSpec(*placed)
+    divides = [axis is not None and size % mesh.shape[axis] == 0 for axis, size in zip(wanted, shape, strict=False)]
+    return PartitionSpec(*(axis if fits else None for axis, fits in zip(wanted, divides, strict=False)))
 
 
 def shardings(params: tree.Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> tree.Params:
