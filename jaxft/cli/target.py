@@ -51,6 +51,8 @@ def add(parser: argparse.ArgumentParser, sections: Sequence[str] = ()) -> None:
 def find(name: str, overrides: Sequence[str] = ()) -> Target:
     """What a user means by TARGET. Raises ConfigError."""
     path = Path(name)
+    if "=" in name and not path.exists():
+        raise ConfigError(f"expected a run, an adapter, a model or a config before {name!r}")
     if (path / run_dir.CONFIG).is_file():
         return _run(path, overrides)
     if (path / disk.CONFIG).is_file():

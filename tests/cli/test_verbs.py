@@ -194,6 +194,8 @@ def test_targets(tiny, adapter, tmp_path):
     assert target.find(str(adapter)) == target.Target(target.find(str(tiny)).config, adapter)
     assert target.find("sft_full", ["model.path=x", "data.path=y"]).config.peft.name == "full"
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}}}\n")
+    with pytest.raises(ValueError, match="expected a run, an adapter, a model or a config before"):
+        target.find("model.path=x")
     with pytest.raises(ValueError, match="the run has no result yet"):
         target.find(str(tmp_path))
     (tmp_path / "adapter").symlink_to(adapter)
