@@ -52,9 +52,10 @@ def save_adapter(
     """Writes the adapter that ``params`` hold as a directory that peft loads; returns its path.
 
     It appears complete or not at all; one that holds something is refused, unless it is an adapter and ``overwrite``.
-    On several hosts every process must call it. Raises AdapterError."""
+    Plain arrays that a pattern trained are no part of an adapter (`modules_to_save` and `bias` are). On several hosts every process must call it. Raises AdapterError."""
     target = Path(directory).expanduser().absolute()
     disk.refuse_occupied(target, overwrite)
+    _meet("save_adapter: looked")
     names = places.rows(names)
     found = {name.path: w for name in names if (w := _adapter(params, name)) is not None}
     method, form = _format_of(target, found)
@@ -76,9 +77,14 @@ def save_adapter(
     if jax.process_index() == 0:
         readme = README.format(base=base_model_name_or_path or "", method=method)
         disk.write(target, config, tensors, readme)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_adapter")
+    _meet("save_adapter: written")
     return target
+
+
+def _meet(where: str) -> None:
+    """Waits for every process of a run on several hosts."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
 def _adapter(params: tree.Params, name: Name) -> Any:
