@@ -52,7 +52,8 @@ def save_adapter(
     """Writes the adapter that ``params`` hold as a directory that peft loads; returns its path.
 
     It appears complete or not at all; one that holds something is refused, unless it is an adapter and ``overwrite``.
-    Plain arrays that a pattern trained are no part of an adapter (`modules_to_save` and `bias` are). On several hosts every process must call it. Raises AdapterError."""
+    Plain arrays that a pattern trained are no part of an adapter (`modules_to_save` and `bias` are). On several hosts
+    every process must call it. Raises AdapterError."""
     target = Path(directory).expanduser().absolute()
     disk.refuse_occupied(target, overwrite)
     _meet("save_adapter: looked")
