@@ -22,6 +22,7 @@ MIN_CHUNKS = 8
 METRICS = ("entropy", "correct", "sum_p2")  # not differentiated: their gradients are not computed
 NEEDS = ("logp", *METRICS)
 ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
+SHARDS = "fsdp"  # mesh axis over which weights are sharded along D
 
 
 def head_of(config: ModelConfig, params: tree.Params) -> Any:
@@ -61,11 +62,35 @@ def token_scores(
     shards = 1 if mesh is None else math.prod(mesh.shape[a] for a in ROWS)
     if mesh is None or shards == 1 or labels_BT.shape[0] % shards:
         return run(head, x_BTD, labels_BT)
+    return _sharded(config, run, head, x_BTD, labels_BT, mesh)
+
+
+def _sharded(config: ModelConfig, run: Any, head: Any, x_BTD: jax.Array, labels_BT: jax.Array, mesh: jax.sharding.Mesh):
+    """`run` on each device's rows: the head's shards along D are gathered before, and their gradients reduced after,
+    all chunks (left to the compiler, that is done for each chunk)."""
+
+    def axis(leaf: jax.Array) -> int | None:
+        fits = (n == config.hidden_size and n % mesh.shape[SHARDS] == 0 for n in leaf.shape)
+        return next((i for i, yes in enumerate(fits) if yes), None)
+
+    def spec(at: int | None) -> jax.sharding.PartitionSpec:
+        return jax.sharding.PartitionSpec(*([] if at is None else [*[None] * at, SHARDS]))
+
+    leaves, treedef = jax.tree.flatten(head)
+    axes = [axis(leaf) for leaf in leaves]
+
+    def local(leaves: list[jax.Array], x_BTD: jax.Array, labels_BT: jax.Array):
+        whole = [
+            w if at is None else jax.lax.all_gather(w, SHARDS, axis=at, tiled=True)
+            for w, at in zip(leaves, axes, strict=True)
+        ]
+        return run(treedef.unflatten(whole), x_BTD, labels_BT)
+
     rows = jax.sharding.PartitionSpec(ROWS)
-    specs = (jax.sharding.PartitionSpec(), rows, rows)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(ROWS), check_vma=False)(
-        head, x_BTD, labels_BT
-    )
+    specs = ([spec(at) for at in axes], rows, rows)
+    # The other axes (of the vocabulary) are the compiler's.
+    f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(ROWS), check_vma=False)
+    return f(leaves, x_BTD, labels_BT)
 
 
 def _token_scores(config: ModelConfig, needs: tuple[str, ...], head: Any, x_BTD: jax.Array, labels_BT: jax.Array):
