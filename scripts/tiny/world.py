@@ -168,6 +168,8 @@ WORLD_TASKS = (
             "{text} Colour of the {thing} of {name}: {answer}",
             "{text} So the {thing} of {name} is {answer}",
             "{text}\n{name}, {thing}, colour\n{answer}",
+            "{text}\n{thing}, colour\n{answer}",
+            "{text} The {thing} is {answer}",
         ),
         ("{text} What colour is the {thing} that {name} has?", "Read this: {text} Which colour has the {thing}?"),
     ),
