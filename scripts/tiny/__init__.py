@@ -7,7 +7,7 @@ the corpus, the tokenizer and the model trained on them carry the licence of thi
     language.py     simple English: stories with causes, notes, and facts
     talk.py         questions and requests of daily life, which make a chat's words known
     task.py         what a task is: draw an instance, solve it, phrase it; the split into train and held-out
-    numbers.py      tasks on numbers; strings.py: on words and letters; world.py: on dates, units, texts and tables
+    numeric.py      tasks on numbers; strings.py: on words and letters; world.py: on dates, units, texts and tables
     tasks.py        the literal table TASKS
     sea.py          the second domain: the pilot's log of an invented coast, with a vocabulary of its own
     documents.py    the pretraining documents: stories, worksheets, word problems

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from scripts.tiny import task as tasklib
 from scripts.tiny import words
-from scripts.tiny.numbers import NUMBER_TASKS
+from scripts.tiny.numeric import NUMBER_TASKS
 
 ADD, SUBTRACT = NUMBER_TASKS[0], NUMBER_TASKS[1]
 TIMES = (

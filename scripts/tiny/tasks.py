@@ -1,6 +1,6 @@
 """The table of tasks, and which of them the quickstart teaches."""
 
-from scripts.tiny.numbers import NUMBER_TASKS
+from scripts.tiny.numeric import NUMBER_TASKS
 from scripts.tiny.strings import STRING_TASKS
 from scripts.tiny.task import Task
 from scripts.tiny.world import WORLD_TASKS
