@@ -10,7 +10,7 @@ OLD = {"attention": FULL}
 def types(fields: Fields, default: list[str]) -> list[str]:
     """``layer_types``, one of FULL and SLIDING for each layer; ``default`` where the config has none."""
     depth = fields.get("num_hidden_layers")
-    found = [OLD.get(t, t) for t in fields.get("layer_types", default)]
+    found: list[str] = [OLD[t] if t in OLD else t for t in fields.get("layer_types", default)]
     unknown = sorted(set(found) - {FULL, SLIDING})
     if unknown or len(found) != depth:
         raise ValueError(

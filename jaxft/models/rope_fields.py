@@ -71,7 +71,11 @@ def build(settings: dict[str, Any], head_dim: int, max_positions: int, where: st
         raise ValueError(
             f"{where}: rope settings {extra} are not understood for rope_type={kind!r}; known: {sorted(known)}"
         )
-    get = {k: v for k, v in settings.items() if v is not None}.get
+    present = {k: v for k, v in settings.items() if v is not None}
+
+    def get(name: str, default: Any = None) -> Any:
+        return present.get(name, default)
+
     absent = [name for name in NEEDED.get(kind, ()) if get(name) is None]
     if absent:
         raise ValueError(f"{where}: rope settings {settings} lack {absent}, which rope_type={kind!r} needs")
