@@ -72,14 +72,12 @@ def forward(
         raise ValueError(f"capture: got {sorted(refused)}; expected a subset of ['layers']")
     if positions_BT is None:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    if cache is not None:
-        segments_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
     x_BTD = _rows(execution, _features(execution, embed(config, params, tokens_BT, positions_BT)))
     if noise_BTD is not None:
         x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
     context = _Context(config, execution, positions_BT, segments_BT, cache)
     x_BTD, cache, outputs = _layers(context, params["layers"], x_BTD, bool(capture))
-    captured = {"layers": outputs} if capture else {}
+    captured = {} if outputs is None else {"layers": outputs}
     return norm(config, params["final_norm"], x_BTD), cache, captured
 
 
@@ -117,14 +115,22 @@ def _constrain(execution: Execution, x: jax.Array, axes: tuple[tuple[str, ...], 
 class _Context:
     """What every layer of one pass shares: rotary tables, positions and segments of queries and keys."""
 
-    def __init__(self, config, execution, positions_BT, segments_BT, cached: Cache | None):
-        self.config: ModelConfig = config
-        self.execution: Execution = execution
+    def __init__(
+        self,
+        config: ModelConfig,
+        execution: Execution,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        cached: Cache | None,
+    ):
+        self.config, self.execution = config, execution
         self.tables = [rope.table(r, positions_BT) for r in config.ropes]
+        if cached is not None and segments_BT is None:
+            segments_BT = jnp.ones_like(positions_BT)
         self.positions_BT, self.segments_BT = positions_BT, segments_BT
         self.k_positions_BS, self.k_segments_BS = positions_BT, segments_BT
-        self.cache, self.index = cached, None
-        if cached is not None:
+        self.cache, self.index = cached, jnp.int32(0)
+        if cached is not None and segments_BT is not None:
             self.index = cached["index"]
             self.cache = cache.advance(cached, positions_BT, segments_BT)
             self.k_positions_BS, self.k_segments_BS = self.cache["positions"], self.cache["segments"]
@@ -163,7 +169,7 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
     if period > 1:
         stack = jax.tree.map(lambda a: a.reshape(blocks, period, *a.shape[1:]), stack)
     (x_BTD, held), ys = jax.lax.scan(block, (x_BTD, held), (stack, jnp.arange(blocks)))
-    return x_BTD, held, ys.reshape(config.num_layers, *x_BTD.shape) if capture else None
+    return x_BTD, held, None if ys is None else ys.reshape(config.num_layers, *x_BTD.shape)
 
 
 def _remat(body, policy: str, prevent_cse: bool):

@@ -105,7 +105,7 @@ def _token_scores(config: ModelConfig, needs: tuple[str, ...], head: Any, x_BTD:
     # Chunks run along T, so that a batch sharded over devices stays where it is.
     x = jnp.moveaxis(x_BTD.reshape(batch, chunks, size, -1), 1, 0)
     labels = jnp.moveaxis(labels_BT.reshape(batch, chunks, size), 1, 0)
-    out = _scores(config, needs, head, x, labels)
+    out: dict[str, jax.Array] = _scores(config, needs, head, x, labels)  # type: ignore[assignment]
     return {n: jnp.moveaxis(v, 0, 1).reshape(batch, -1)[:, :length] for n, v in out.items()}
 
 

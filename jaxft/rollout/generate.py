@@ -70,7 +70,7 @@ class Completion(NamedTuple):
 
 
 class _Decoding(NamedTuple):
-    cache: Cache
+    cache: Cache | None
     token_B: jax.Array
     position_B: jax.Array
     done_B: jax.Array
