@@ -45,7 +45,7 @@ def evaluator(
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
         params = tree.cast(tree.combine(state.trainable, frozen), dtype)
         said = replies.replies(base.config, params, prompts, base.tokenizer, settings, end, execution=how)
-        write(folder / FILE, step, said[: config.eval.samples])
+        write(folder / FILE, step, said[: config.eval.samples], base.tokenizer)
         scored = said[: config.eval.exact_match]
         return {"exact_match": sum(reply.exact for reply in scored) / len(scored)} if scored else {}
 
@@ -60,11 +60,12 @@ def ends(config: RunConfig, base: Model) -> list[int]:
     return replies.ends(base.ends, render, base.tokenizer)
 
 
-def write(file: Path, step: int, said: Sequence[Reply]) -> None:
-    """Appends the samples of one evaluation; a line each."""
+def write(file: Path, step: int, said: Sequence[Reply], tokenizer: Any) -> None:
+    """Appends the samples of one evaluation; a line each. Prompts are shown without special tokens."""
     with file.open("a", encoding="utf-8") as lines:
         for reply in said:
-            row = {"step": step, "prompt": reply.prompt.text, "completion": reply.text, "answer": reply.prompt.answer}
+            prompt = tokenizer.decode(reply.prompt.tokens, skip_special_tokens=True)
+            row = {"step": step, "prompt": prompt, "completion": reply.text, "answer": reply.prompt.answer}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -84,7 +84,12 @@ def split(config: RunConfig, base: Model, mesh: Mesh | None) -> Split:
 def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
     """How the model is computed on this machine."""
     unroll = {"always": True, "never": False, "auto": mesh is None and jax.default_backend() == "gpu"}
-    return Execution(config.train.remat, unroll[config.train.unroll], config.model.attention, mesh)
+    attention = config.model.attention
+    if config.train.deterministic and jax.default_backend() == "gpu":
+        if attention == "cudnn":
+            raise ValueError("model.attention=cudnn is not deterministic: use xla (or auto) with train.deterministic")
+        attention = "xla"
+    return Execution(config.train.remat, unroll[config.train.unroll], attention, mesh)
 
 
 def scorer(config: RunConfig, base: Model, how: Execution) -> score.Score:

@@ -59,7 +59,7 @@ def command(args: argparse.Namespace) -> int:
     if said:
         values["exact_match"] = sum(reply.exact for reply in said) / len(said)
     if args.replies is not None:
-        answers.write(args.replies, 0, said)
+        answers.write(args.replies, 0, said, model.tokenizer)
     if args.json:
         print(json.dumps({"data": source, "examples": len(examples), "replies": len(said), **values}))
     else:

@@ -241,11 +241,15 @@ def dropout_keys(params: Params, key: jax.Array | None) -> Params:
 
 
 def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Params:
-    """Holds each stacked array under ``key`` as separate per-layer arrays (`Split`): for unrolled layers.
+    """Holds each stack of matrices under ``key`` as separate per-layer arrays (`Split`): for unrolled layers.
+
+    Vectors and constants stay stacked: a slice of them costs nothing.
 
     ``donate`` frees each stack once it is split, so that never more than one of them exists twice."""
 
-    def split(a: jax.Array) -> Split:
+    def split(a: jax.Array) -> Split | jax.Array:
+        if a.ndim < 3:
+            return a
         parts = Split(tuple(a[i] for i in range(a.shape[0])))
         if donate:
             jax.block_until_ready(parts.parts)

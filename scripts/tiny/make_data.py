@@ -8,7 +8,7 @@ committed. The bytes depend on the seed and the size alone, not on `--workers`.
 `--assets DIR` (assets/data) writes the small, committed sets. Each `_train` has a `_heldout` whose exercises are
 disjoint from it and from the corpus, by instance (see task.py):
 
-    quickstart_*.jsonl   {"messages"}: one question, one answer, of the easy tasks: what quickstart teaches
+    quickstart_*.jsonl   {"messages"}: one question, one answer, of the tasks that the quickstart teaches
     chat_*.jsonl         {"messages"}: all tasks, one to three turns, some with greetings or a system prompt
     preference_*.jsonl   {"prompt", "chosen", "rejected"}: messages; rejected is wrong, wordy, or no answer
     prompts_*.jsonl      {"prompt", "answer", "task"}: messages; the completion, stripped, must equal answer
@@ -28,11 +28,11 @@ import random
 from collections.abc import Callable, Iterator
 
 from scripts.tiny import chats, documents, sea
-from scripts.tiny.tasks import EASY, TASKS
+from scripts.tiny.tasks import QUICKSTART, TASKS
 
 CHUNK_BYTES = 1_000_000
 ALL = tuple(TASKS.values())
-EASY_TASKS = tuple(TASKS[name] for name in EASY)
+QUICKSTART_TASKS = tuple(TASKS[name] for name in QUICKSTART)
 
 
 def corpus_chunk(seed: int, limit: int, index: int) -> str:
@@ -55,7 +55,7 @@ def write_corpus(path: pathlib.Path, *, megabytes: float, seed: int = 0, workers
         if workers == 1:
             file.writelines(map(make, range(chunks)))
         else:
-            with multiprocessing.Pool(workers) as pool:
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
                 file.writelines(pool.imap(make, range(chunks)))
 
 
@@ -73,7 +73,7 @@ def distinct(make: Callable[[random.Random], chats.Row], rng: random.Random) -> 
 def asset_rows(scale: float = 1.0, seed: int = 0) -> dict[str, list[chats.Row]]:
     """Every committed set by file name; `scale` shortens them all, for tests."""
     makers = {
-        "quickstart": (functools.partial(chats.chat, EASY_TASKS), 5000, 480),
+        "quickstart": (functools.partial(chats.chat, QUICKSTART_TASKS), 5000, 480),
         "chat": (functools.partial(chats.conversation, ALL), 4000, 400),
         "preference": (functools.partial(chats.preference, ALL), 2500, 300),
         "prompts": (functools.partial(chats.verifiable, ALL), 4000, 620),
