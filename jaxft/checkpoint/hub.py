@@ -10,9 +10,11 @@ WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"
 UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "coreml/*", "*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def directory(source: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The local directory of a path or hub id; ``revision`` is a branch, tag or commit of the hub. Raises
-    CheckpointError with what can be done if there is neither."""
+def directory(source: str | os.PathLike[str], revision: str | None = None, weights: bool = True) -> Path:
+    """The local directory of a path or hub id; ``revision`` is a branch, tag or commit of the hub.
+
+    ``weights=False`` downloads the config and tokenizer alone. Raises CheckpointError with what can be done if there
+    is neither."""
     text = os.fspath(source)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -24,7 +26,7 @@ def directory(source: str | os.PathLike[str], revision: str | None = None) -> Pa
         raise CheckpointError(
             text, "a path that does not exist", "a model's directory, or a hub id like org/name", remedy
         )
-    return _download(text, revision)
+    return _download(text, revision, weights)
 
 
 def _file(path: Path) -> Path:
@@ -49,16 +51,17 @@ def _is_hub_id(text: str) -> bool:
     return not pathlike and not text.endswith((".safetensors", ".gguf", ".bin", ".json"))
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
     """snapshot_download, its errors in plain words."""
     import huggingface_hub
     from huggingface_hub import errors
 
     where = f"'{repo}'" + (f" at revision '{revision}'" if revision else "")
+    unwanted = [*UNWANTED, *([] if weights else ["*.safetensors"])]
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+                repo, revision=revision, allow_patterns=list(WANTED), ignore_patterns=unwanted
             )
         )
     except errors.GatedRepoError:

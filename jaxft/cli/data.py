@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Prints the preview and the report."""
     wanted = config.load(*arguments_.split(args.words))
-    directory = hub.directory(wanted.model.path, wanted.model.revision)
+    directory = hub.directory(wanted.model.path, wanted.model.revision, weights=False)
     found = tokenizer.load(directory)
     if found is None:
         raise CheckpointError(directory, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")

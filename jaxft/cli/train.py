@@ -67,7 +67,7 @@ def run(config: RunConfig) -> int:
     dtype = base.params["embed"]["tokens"].dtype
     asked = answers.chosen(config, prepared.held_out, prepared.format, base)
     base, frozen = _handed_over(base, parts, how.unroll)
-    parts = dataclasses.replace(parts, frozen=frozen)
+    del parts  # the state holds its own copy of what is trained
 
     objective, settings = OBJECTIVES[config.objective.name], config.objective.value
     place = mesh_.placer(mesh)
@@ -100,7 +100,7 @@ def run(config: RunConfig) -> int:
         console.print(f"Interrupted and saved. Go on: jaxft train {folder / run_dir.CONFIG} --resume")
         return result.exit_code
     trained = optimizer.averaged(result.state.opt_state, result.state.trainable)
-    written = _write(config, base, tree.combine(trained, frozen), folder)
+    written = _write(config, base, tree.combine(trained, frozen), str(dtype), folder)
     summary.show(console, config, result, folder, written)
     return 0
 
@@ -115,7 +115,7 @@ def _handed_over(base: Model, parts: Split, unroll: bool) -> tuple[Model, tree.P
     return dataclasses.replace(base, params=None), frozen
 
 
-def _write(config: RunConfig, base: Model, params: tree.Params, folder: Path) -> Path:
+def _write(config: RunConfig, base: Model, params: tree.Params, dtype: str, folder: Path) -> Path:
     """The adapter in peft's format, or the whole model where the model's own arrays were trained; replaces nothing."""
     if peft.METHODS[config.peft.name].hf is not None:
         out = folder / target.ADAPTER
@@ -126,5 +126,5 @@ def _write(config: RunConfig, base: Model, params: tree.Params, folder: Path) ->
         base.tokenizer.save_pretrained(out)
         return out
     out = folder / target.WHOLE
-    model_.save_hf(base, params, out, dtype=config.model.dtype, overwrite=out.exists())
+    model_.save_hf(base, params, out, dtype=dtype, overwrite=out.exists())
     return out

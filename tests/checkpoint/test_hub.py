@@ -103,3 +103,15 @@ def test_pickles_and_second_copies_are_not_downloaded(monkeypatch, tmp_path):
         "tokenizer.json",
         "tokenizer.model",
     ]
+
+
+def test_the_tokenizer_alone_can_be_asked_for(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: asked.update(options) or tmp_path)
+    hub.directory("org/name", weights=False)
+    found = huggingface_hub.utils.filter_repo_objects(
+        ["model-00001-of-00002.safetensors", "tokenizer.json", "config.json"],
+        allow_patterns=asked["allow_patterns"],
+        ignore_patterns=asked["ignore_patterns"],
+    )
+    assert list(found) == ["tokenizer.json", "config.json"]

@@ -113,3 +113,13 @@ def test_help_shows_every_key_and_its_meaning(capsys):
         key in out for key in ("model.path", "data.max_length", "optim.lr", "peft.rank", "train.batch", "mesh.fsdp")
     )
     assert "required" in out and "Peak learning rate" in out
+
+
+def test_unrolled_layers_give_the_scanned_run(capsys, words, tmp_path):
+    runs = []
+    for how in ("never", "always"):
+        code, _, err = jaxft(capsys, *words, f"train.unroll={how}", f"run_dir={tmp_path / how}", "train.remat=save")
+        assert code == 0, err
+        runs.append([row["loss"] for row in metrics(tmp_path / how) if "loss" in row])
+        assert (tmp_path / how / "adapter" / "adapter_model.safetensors").exists()
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
