@@ -22,7 +22,6 @@ MIN_CHUNKS = 8
 METRICS = ("entropy", "correct", "sum_p2")  # not differentiated: their gradients are not computed
 NEEDS = ("logp", *METRICS)
 ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
-SHARDS = "fsdp"  # mesh axis over which weights are sharded along D
 
 
 def head_of(config: ModelConfig, params: tree.Params) -> Any:
@@ -66,31 +65,24 @@ def token_scores(
 
 
 def _sharded(config: ModelConfig, run: Any, head: Any, x_BTD: jax.Array, labels_BT: jax.Array, mesh: jax.sharding.Mesh):
-    """`run` on each device's rows: the head's shards along D are gathered before, and their gradients reduced after,
-    all chunks (left to the compiler, that is done for each chunk)."""
+    """`run` on each device's rows: the head is gathered before all chunks and its gradient reduced after them (left to
+    the compiler, that is done for each chunk); the vocabulary stays the compiler's to share out."""
+    spec, rows = jax.sharding.PartitionSpec, jax.sharding.PartitionSpec(ROWS)
 
-    def axis(leaf: jax.Array) -> int | None:
-        fits = (n == config.hidden_size and n % mesh.shape[SHARDS] == 0 for n in leaf.shape)
-        return next((i for i, yes in enumerate(fits) if yes), None)
+    def stored(w: jax.Array) -> jax.Array:
+        """Says how a leaf lies outside, so that its gradient is scattered there at once."""
+        sizes = {"fsdp": config.hidden_size, "tensor": config.vocab_size}
+        axes: list[str | None] = [None] * w.ndim
+        for name, size in sizes.items():
+            at = next((i for i, n in enumerate(w.shape) if n == size and axes[i] is None), None)
+            if at is not None and size % mesh.shape[name] == 0:
+                axes[at] = name
+        place = jax.sharding.NamedSharding(mesh, spec(*axes))
+        return jax.lax.with_sharding_constraint(w, place) if any(axes) else w
 
-    def spec(at: int | None) -> jax.sharding.PartitionSpec:
-        return jax.sharding.PartitionSpec(*([] if at is None else [*[None] * at, SHARDS]))
-
-    leaves, treedef = jax.tree.flatten(head)
-    axes = [axis(leaf) for leaf in leaves]
-
-    def local(leaves: list[jax.Array], x_BTD: jax.Array, labels_BT: jax.Array):
-        whole = [
-            w if at is None else jax.lax.all_gather(w, SHARDS, axis=at, tiled=True)
-            for w, at in zip(leaves, axes, strict=True)
-        ]
-        return run(treedef.unflatten(whole), x_BTD, labels_BT)
-
-    rows = jax.sharding.PartitionSpec(ROWS)
-    specs = ([spec(at) for at in axes], rows, rows)
-    # The other axes (of the vocabulary) are the compiler's.
-    f = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(ROWS), check_vma=False)
-    return f(leaves, x_BTD, labels_BT)
+    specs = (spec(), rows, rows)
+    f = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(ROWS), check_vma=False)
+    return f(jax.tree.map(stored, head), x_BTD, labels_BT)
 
 
 def _token_scores(config: ModelConfig, needs: tuple[str, ...], head: Any, x_BTD: jax.Array, labels_BT: jax.Array):
@@ -152,7 +144,7 @@ def _forward(config, needs, head, x, labels):
         return None, ({"logp": logp, **rest}, row)
 
     _, (out, rows) = jax.lax.scan(chunk, None, (x, labels))
-    return out, (trained, frozen, None, labels, rows)
+    return out, (trained, None, None, labels, rows)
 
 
 def _split(out: dict[str, jax.Array]):
