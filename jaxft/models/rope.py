@@ -83,7 +83,7 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
-    width = max(high - low, 0.001)
+    width = high - low or 0.001  # negative, and then nothing is stretched, where beta_slow leaves no feature
     keep = 1 - np.clip((np.arange(rope.dim // 2, dtype=np.float32) - low) / width, 0, 1)
     return (plain / rope.factor * (1 - keep) + plain * keep).astype(np.float32)
 

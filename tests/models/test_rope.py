@@ -62,6 +62,18 @@ LLAMA: dict[str, tuple[dict[str, Any], int]] = {
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.25, "beta_fast": 16}},
         40,
     ),
+    "yarn, no feature turns as slowly as beta_slow": (
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "beta_slow": 2.0,
+                "truncate": False,
+            }
+        },
+        40,
+    ),
     "longrope, short": (
         {"rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}},
         32,
