@@ -9,7 +9,9 @@ import pytest
 
 from jaxft import peft
 from jaxft.core import tree
+from jaxft.core.weight import Weight
 from jaxft.models.decoder import Execution
+from jaxft.peft.lora import LoRAWeight
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import state
 from jaxft.training.config import OptimConfig
@@ -78,3 +80,10 @@ def test_every_mesh_gives_what_one_device_gives(of, dims, loop):
         )
     for (path, leaf), (_, place) in zip(tree.paths(after), tree.paths(where.state), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim), path
+    _, fsdp, tensor = dims
+    leaves = tree.combine(after.trainable, frozen)["layers"]["mlp"]["up"]
+    base = leaves.base if isinstance(leaves, Weight) else leaves
+    assert base.addressable_shards[0].data.shape == (base.shape[0], 64 // fsdp, 128 // tensor)
+    if isinstance(leaves, LoRAWeight):
+        assert leaves.a.addressable_shards[0].data.shape == (base.shape[0], 64 // fsdp, 4)
+        assert leaves.b.addressable_shards[0].data.shape == (base.shape[0], 4, 128 // tensor)
