@@ -30,8 +30,13 @@ def load_saved(place: Path, split: str) -> Any:
 def load_parquet(path: str) -> Any:
     """One parquet file, memory-mapped by way of the `datasets` cache."""
     import datasets
+    import pyarrow
 
-    return datasets.Dataset.from_parquet(path)
+    try:
+        return datasets.Dataset.from_parquet(path)
+    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        got = str(error.__cause__ or error)
+        raise DataError(path, "", got, "a whole parquet file", "Copy or write it again.") from error
 
 
 def load_hub(name: str, subset: str | None, split: str) -> Any:

@@ -171,7 +171,11 @@ def open_file(path: str) -> Source:
         raise DataError(
             path, "data.path", f"suffix {suffix!r}", f"one of {', '.join(OPENERS)}", "Convert or unpack the file first."
         )
-    return OPENERS[suffix](path)
+    try:
+        return OPENERS[suffix](path)
+    except UnicodeDecodeError as error:
+        got = f"bytes that are not UTF-8 ({error.reason})"
+        raise DataError(path, "", got, "UTF-8 text", "Re-save the file as UTF-8.") from error
 
 
 def open_jsonl(path: str) -> JsonLines:
@@ -189,18 +193,25 @@ def open_jsonl(path: str) -> JsonLines:
 def parse_line(line: bytes, where: str) -> Row | DataError:
     """One line of jsonl."""
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
+        value = json.loads(text)
     except UnicodeDecodeError as error:
         got = f"bytes that are not UTF-8 ({error.reason})"
         return DataError(where, "", got, "UTF-8 text", "Re-save the file as UTF-8.")
     except json.JSONDecodeError as error:
         got = f"malformed JSON ({error.msg} at column {error.colno})"
         return DataError(where, "", got, "one JSON object a line", SKIP)
-    return as_row(value, where)
+    return as_row(value, where, text)
 
 
-def as_row(value: Any, where: str) -> Row | DataError:
-    """A parsed value as a row, if it is an object."""
+def as_row(value: Any, where: str, text: str) -> Row | DataError:
+    """A value parsed from `text` as a row, if it is an object of characters that exist."""
+    if re.search(r"\\u[dD]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            got = f"half a character ({error.object[error.start]!a}, a lone surrogate)"
+            return DataError(where, "", got, "text that can be written as UTF-8", SKIP)
     if isinstance(value, dict):
         return Row(value, where)
     return DataError(where, "", f"JSON of type {type(value).__name__}", "a JSON object with named fields", SKIP)
@@ -229,13 +240,14 @@ def parse_array(text: str, position: int, path: str) -> list[Row | DataError]:
             return found
         line, counted = line + text.count("\n", counted, position), position
         where = f"{path}:{line}"
+        start = position
         try:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             got = f"malformed JSON ({error.msg})"
             remedy = "Mend it, or convert the file to jsonl, where single rows can be skipped."
             raise DataError(f"{path}:{error.lineno}", "", got, "a JSON array of objects", remedy) from None
-        found.append(as_row(value, where))
+        found.append(as_row(value, where, text[start:position]))
         position = skip_blank(text, position)
         if text[position : position + 1] == ",":
             position += 1

@@ -127,3 +127,21 @@ def test_nulls_that_arrow_adds_are_dropped(tmp_path):
     datasets.Dataset.from_list([{"messages": messages, "tools": None}]).to_parquet(tmp_path / "a.parquet")
     (row,) = read(tmp_path / "a.parquet")
     assert row.fields == {"messages": [messages[0], {"role": "assistant", "tool_calls": [call]}]}
+
+
+def test_half_a_character_is_a_bad_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude42"}\n{"text": "\\ud83d"}\n')
+    (tmp_path / "a.json").write_text('[{"text": "\\ud83d\\ude42"},\n{"text": "\\ud83d"}]')
+    for name in ("a.jsonl", "a.json"):
+        good, bad = read(tmp_path / name)
+        assert good.fields == {"text": "\U0001f642"}
+        assert isinstance(bad, DataError) and "lone surrogate" in str(bad) and f"{name}:2" in str(bad)
+
+
+def test_files_that_are_not_what_their_names_say(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text\n\u00e9\n".encode("latin-1"))
+    (tmp_path / "a.json").write_bytes('[{"text": "\u00e9"}]'.encode("latin-1"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 cut short")
+    for name, message in {"a.csv": "not UTF-8", "a.json": "not UTF-8", "a.parquet": "a whole parquet file"}.items():
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / name)
