@@ -61,6 +61,7 @@ def test_run_dir_is_named_after_the_config(tmp_path):
         ("peft.method=qlora", "did you mean `lora`?"),
         ("peft.ranks=8", "did you mean `peft.rank`?"),
         ("peft.rank=0", "peft.rank: got 0"),
+        ("train.accumulate=0", "train.accumulate: got 0"),
         ("optim.betas=[0.9]", "`optim.betas`: expected a list of 2: a number, a number or null, got the list [0.9]"),
     ],
 )

@@ -35,6 +35,11 @@ class TrainConfig:
     max_nonfinite: int = 3
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
 
+    def __post_init__(self) -> None:
+        for field in ("batch", "accumulate", "max_nonfinite"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"train.{field}: got {getattr(self, field)}; expected at least 1")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
