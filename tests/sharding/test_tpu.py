@@ -1,0 +1,127 @@
+"""The real training step compiled for TPU slices that are not here: it fits, and what it must never hold is not in it.
+
+Shapes only, nothing is allocated; the numbers are the TPU compiler's own memory report and program.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxft import peft
+from jaxft.core import tree
+from jaxft.models.decoder import Execution
+from jaxft.training import state
+from jaxft.training.config import OptimConfig
+from tests.models.published import PUBLISHED
+from tests.sharding import steps
+
+GIB = 2**30
+LLAMA_1B = {k: v for k, v in PUBLISHED["Llama-3.2-1B"].items() if k != "rope_scaling"}
+LLAMA_8B = {**LLAMA_1B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
+            "tie_word_embeddings": False}  # fmt: skip
+LORA = peft.LoRA(rank=16)
+
+
+class Case(NamedTuple):
+    """A step: slice, mesh (data x fsdp x tensor), model, method, rows and tokens, what remat keeps; GiB a chip."""
+
+    slice_: str
+    dims: tuple[int, int, int]
+    raw: dict[str, Any]
+    method: Any
+    rows: int
+    length: int
+    remat: str
+    chip: float
+    limit: float
+    """Regression bound on peak memory, GiB; the chip has far more."""
+
+
+# rows of 1536 or 3072 tokens: no other axis is that long
+CASES = {
+    "8B LoRA on v5e:2x4": Case("v5e:2x4", (1, 4, 2), LLAMA_8B, LORA, 8, 1536, "full", 16, 4.0),
+    "1B in full on v5e:2x4": Case("v5e:2x4", (1, 8, 1), LLAMA_1B, peft.Full(), 8, 1536, "full", 16, 4.2),
+    "1B in full on v6e:4x4": Case("v6e:4x4", (2, 4, 2), LLAMA_1B, peft.Full(), 16, 1536, "attn", 32, 4.2),
+}
+
+
+@pytest.fixture
+def for_a_chip_elsewhere() -> Iterator[None]:
+    """No cache on disk, which cannot read such a program back, and the precision that users run with."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    with jax.default_matmul_precision("default"):
+        yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
+
+
+def compiled(case: Case, folder: Path) -> tuple[steps.Parts, Any, str]:
+    """What the step is made of, the compiler's memory report, and the program.
+
+    The program is read from a dump: `Compiled.as_text` cannot parse some collectives of newer chips."""
+    mesh = steps.mesh(case.dims, topologies.get_topology_desc(case.slice_, "tpu").devices)
+    made = steps.parts(case.raw, case.method, jnp.bfloat16, OptimConfig(), abstract=True)
+    where = steps.shardings(made, mesh)
+    run = steps.build(made, jnp.bfloat16, Execution(remat=case.remat, mesh=mesh), where)
+    begin = state.abstract(made.trainable, made.optimizer, jax.random.key(0))
+    lowered = run.lower(begin, made.frozen, steps.shapes(1, case.rows, case.length, where.batch))
+    program = lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    (dump,) = folder.glob("*.after_optimizations.txt")
+    return made, program.memory_analysis(), dump.read_text()
+
+
+def arrays(program: str) -> set[tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every array in a compiled program."""
+    found = re.findall(r"\b(pred|bf16|[fsu]\d+)\[([\d,]+)\]", program)
+    return {(dtype, tuple(int(n) for n in shape.split(","))) for dtype, shape in found}
+
+
+def exchanged(program: str) -> set[tuple[str, tuple[int, ...]]]:
+    """What the chips send each other."""
+    collective = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    lines = [line for line in program.splitlines() if re.search(collective, line)]
+    return arrays("\n".join(line.split("channel_id")[0] for line in lines))
+
+
+def held(made: steps.Parts) -> int:
+    """Bytes of frozen weights and of the state: float32 parameters and two moments."""
+    frozen = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(made.frozen))
+    return frozen + 12 * tree.count(made.trainable)
+
+
+@pytest.mark.usefixtures("for_a_chip_elsewhere")
+@pytest.mark.parametrize("name", CASES)
+def test_the_step_compiles_and_fits(name, tmp_path):
+    case = CASES[name]
+    made, memory, text = compiled(case, tmp_path)
+    peak = memory.peak_memory_in_bytes / GIB
+    print(f"{name}: arguments {memory.argument_size_in_bytes / GIB:.2f}, temporaries "
+          f"{memory.temp_size_in_bytes / GIB:.2f}, peak {peak:.2f} of {case.chip} GiB")  # fmt: skip
+    assert peak < case.limit < case.chip
+    # weights and state are divided among the chips, and the state's memory is reused for the result
+    data, fsdp, tensor = case.dims
+    assert memory.argument_size_in_bytes < 1.1 * held(made) / (fsdp * tensor)
+    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes
+    assert "tpu_custom_call" in text and all(f"splash_mha_{phase}" in text for phase in ("fwd", "dq", "dkv"))
+
+    everything, vocabulary = arrays(text), case.raw["vocab_size"] // tensor
+    tokens = case.rows // (data * fsdp) * case.length
+    scores = [s for _, s in everything if s.count(case.length) > 1]
+    assert not scores, "[B, N, T, T]"
+    logits = [s for _, s in everything if vocabulary in s and math.prod(s) >= tokens * vocabulary // 4]
+    weights = [s for s in logits if {made.config.hidden_size, made.config.hidden_size // fsdp} & set(s)]
+    assert logits == weights, "[B, T, V]"
+    wide = [s for dtype, s in exchanged(text) if dtype == "f32" and math.prod(s) > 8 * tokens]
+    assert not wide, "weights, gradients and activations cross the wire in bfloat16"
+    head = (made.config.hidden_size, vocabulary)
+    assert any(dtype == "bf16" and sorted(s) == sorted(head) for dtype, s in exchanged(text)), "the gathered head"
