@@ -78,6 +78,15 @@ def test_logprobs_of_documents_packed_in_rows(model):
     np.testing.assert_allclose(model.logprobs(model.params, tokens, segments), expected, atol=1e-5)
 
 
+def test_text_from_weights_trained_in_place(directory):
+    """They are float32 on a bfloat16 base, as a training state holds them."""
+    model = jaxft.load(directory, dtype="bfloat16")
+    trained, frozen = jaxft.partition(model.params, jaxft.trainable_mask(model.params, r"layers/mlp/down$"))
+    mixed = jaxft.combine(jax.tree.map(lambda a: a.astype("float32"), trained), frozen)
+    options = {"max_new_tokens": 4, "temperature": 0.0}
+    assert model.generate(mixed, ["w1 w2"], **options) == model.generate(model.params, ["w1 w2"], **options)
+
+
 def test_text_is_continued_as_transformers_does(model, directory):
     prompts = ["w1 w2 w3", "w60 w5 w9 w20 w21 w22 w23"]
     theirs, tokenizer = tiny.model("llama"), AutoTokenizer.from_pretrained(directory)

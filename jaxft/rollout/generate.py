@@ -136,6 +136,7 @@ def _run(
 ) -> _Decoding:  # fmt: skip
     """Prefill, then one token a turn until every row has ended or the budget is spent."""
     rows = tokens_BT.shape[0]
+    params = _uniform(params)
     logits_BV, cache, position_B = _prefill(config, execution, params, tokens_BT, segments_BT, budget)
 
     def choose(state: _Decoding, logits_BV: jax.Array) -> _Decoding:
@@ -159,10 +160,15 @@ def _run(
     return jax.lax.while_loop(more, turn, choose(start, logits_BV))._replace(cache={})
 
 
+def _uniform(params: tree.Params) -> tree.Params:
+    """The model in the dtype of its embedding: what was trained in place is float32, whatever the rest."""
+    return tree.cast(params, params["embed"]["tokens"].dtype)
+
+
 def _prefill(config, execution, params, tokens_BT, segments_BT, budget: int):
     """(logits_BV after the prompt, cache with room for ``budget`` more, next position int32[B])."""
     positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0).astype(jnp.int32)
-    dtype = params["embed"]["tokens"].dtype
+    params, dtype = _uniform(params), params["embed"]["tokens"].dtype
     cache = cache_.create(config, tokens_BT.shape[0], tokens_BT.shape[1] + budget, dtype)
     hidden_BTD, cache, _ = decoder.forward(
         config, params, tokens_BT, positions_BT, segments_BT, cache, execution=execution
@@ -173,6 +179,7 @@ def _prefill(config, execution, params, tokens_BT, segments_BT, budget: int):
 
 def _step(config, execution, params, token_B, position_B, cache):
     """(logits_BV, cache) after one more token in each row."""
+    params = _uniform(params)
     hidden_B1D, cache, _ = decoder.forward(
         config, params, token_B[:, None], position_B[:, None], None, cache, execution=execution
     )
