@@ -43,4 +43,5 @@ while [ -e "$run_dir" ]; do
 done
 
 echo "[3/3] jaxft train configs/quickstart.yaml run_dir=$run_dir" "$@"
+echo "The model is a toy: 4 million parameters, trained on an invented world. It shows the machinery, not what a real model knows."
 exec .venv/bin/jaxft train configs/quickstart.yaml run_dir="$run_dir" "$@"
