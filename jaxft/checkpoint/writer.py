@@ -98,7 +98,7 @@ def _refuse_occupied(target: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise CheckpointError(target, "a file", "a directory that does not exist yet", "Choose another path.")
     if not overwrite:
-        remedy = "Choose another path, or say overwrite=True to replace it."
+        remedy = "Choose another path (or, from Python, overwrite=True to replace it)."
         raise CheckpointError(target, "a directory that is not empty", "a new or empty one", remedy)
     if not (target / "config.json").exists():
         remedy = "It is not deleted, as it does not look like a model (no config.json): choose another path."

@@ -20,9 +20,10 @@ from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.model import Model
 from jaxft.objectives import OBJECTIVES
+from jaxft.objectives.terms import Means
 from jaxft.peft import hf
 from jaxft.sharding import mesh as mesh_
-from jaxft.training import evaluate, loop, step
+from jaxft.training import evaluate, loop, prefetch, step
 from jaxft.training.loop import Settings
 
 
@@ -74,10 +75,13 @@ def run(config: RunConfig) -> int:
     shardings = (
         None if places is None or mesh is None else step.Shardings(places, _of(frozen), mesh_.batch_sharding(mesh))
     )
+    eval_step = step.make_eval_step(objective, settings, score)
+    if held_out is not None:
+        batch = prefetch.split(train.batch(0), config.train.accumulate)
+        _refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch))
     folder, _ = run_dir.claim(config)
     evaluators = []
     if held_out is not None:
-        eval_step = step.make_eval_step(objective, settings, score)
         evaluators += [evaluate.held_out(eval_step, frozen, held_out, place, config.eval, config.train.accumulate)]
     if asked:
         evaluators += [answers.evaluator(config, asked, base, dtype, how, frozen, folder)]
@@ -103,6 +107,13 @@ def run(config: RunConfig) -> int:
     written = _write(config, base, tree.combine(trained, frozen), str(dtype), folder)
     summary.show(console, config, result, folder, written)
     return 0
+
+
+def _refuse_metric(config: RunConfig, sums: Means) -> None:
+    """Raises ConfigError for an `eval.metric` that this run will not evaluate: before the first step, not after it."""
+    names = {*evaluate.summary(dict.fromkeys(sums, 0.0)), *(["exact_match"] if config.eval.exact_match else [])}
+    if config.eval.metric not in names:
+        raise ConfigError(f"`eval.metric`: got {config.eval.metric!r}; this run evaluates {', '.join(sorted(names))}")
 
 
 def _of(frozen: tree.Params) -> tree.Params:

@@ -31,10 +31,11 @@ def load_parquet(path: str) -> Any:
     """One parquet file, memory-mapped by way of the `datasets` cache."""
     import datasets
     import pyarrow
+    from datasets.exceptions import DatasetGenerationError
 
     try:
         return datasets.Dataset.from_parquet(path)
-    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+    except (pyarrow.ArrowInvalid, DatasetGenerationError) as error:
         got = str(error.__cause__ or error)
         raise DataError(path, "", got, "a whole parquet file", "Copy or write it again.") from error
 

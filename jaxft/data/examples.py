@@ -107,6 +107,8 @@ def check(config: DataConfig) -> None:
         )
     if not 0 <= config.eval_fraction < 1:
         raise DataError("", "data.eval_fraction", str(config.eval_fraction), "a share from 0 to below 1", "")
+    if config.workers < 0:
+        raise DataError("", "data.workers", str(config.workers), "0 (this process) or a number of processes", "")
     for name in ("max_length", "length_multiple"):
         value = dataclasses.asdict(config)[name]
         if value < (2 if name == "max_length" else 1):

@@ -8,14 +8,14 @@ MISSING: Any = object()
 # Fields that do not change the maths of a forward pass at evaluation.
 HARMLESS = frozenset(
     """
-    _name_or_path _attn_implementation _commit_hash add_cross_attention architectures attn_implementation auto_map
+    _name_or_path _attn_implementation _commit_hash architectures attn_implementation auto_map
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cache_implementation
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
     encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder label2id
+    forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder label2id
     length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
     torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
     attention_dropout hidden_dropout embd_pdrop attn_pdrop resid_pdrop embd_dropout classifier_pdrop

@@ -11,8 +11,8 @@ from jaxft.models.config import ModelConfig
 def norm(config: ModelConfig, p: dict[str, Any], x: jax.Array) -> jax.Array:
     """Normalises the last axis: rms (Zhang & Sennrich 2019, arXiv:1910.07467) or layer norm. ``p``: scale[, bias].
 
-    The scale is applied in float32 before rounding where it is stored as an offset (gemma), otherwise after, as the
-    checkpoints' own code does; in float32 the two agree."""
+    The scale is applied in float32 before rounding where it is stored as an offset (gemma) and in a layer norm,
+    otherwise after it, as llama's own code does; in float32 the two agree."""
     y = x.astype(jnp.float32)
     if config.norm == "layer":
         y = y - jnp.mean(y, -1, keepdims=True)

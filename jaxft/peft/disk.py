@@ -79,7 +79,7 @@ def refuse_occupied(target: Path, overwrite: bool) -> None:
     if not target.is_dir():
         raise AdapterError(target, "a file", "a directory that does not exist yet", "Choose another path.")
     if not overwrite:
-        remedy = "Choose another path, or say overwrite=True to replace it."
+        remedy = "Choose another path (or, from Python, overwrite=True to replace it)."
         raise AdapterError(target, "a directory that is not empty", "a new or empty one", remedy)
     if not (target / CONFIG).is_file():
         remedy = f"It is not deleted, as it does not look like an adapter (no {CONFIG}): choose another path."

@@ -152,6 +152,8 @@ def adapt(params: tree.Params, names: Names, key: jax.Array, config: LoRA) -> tr
     )
     if config.ensure_weight_tying and any(t.name.path == places.TOKENS for t in found):
         found = [t for t in found if not places.is_tied_head(params, t.name)]  # the head follows the embedding
+    targets_.refuse_unused("rank_pattern", config.rank_pattern, found)
+    targets_.refuse_unused("alpha_pattern", config.alpha_pattern, found)
     for i, target in enumerate(found):
         params = _wrap(params, target, jax.random.fold_in(key, i), config)
     params = whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)

@@ -7,7 +7,7 @@ are stacked, so a match is a boolean for each layer. Unlike peft, each target th
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,3 +193,15 @@ def patterns(chosen: dict[str, np.ndarray], names: Names, num_layers: int, value
 def adapted(name: Name, num_layers: int, layers: np.ndarray) -> list[str]:
     """Modules of the layers (bool[L] or bool[]) of one row."""
     return [m for m, hit in zip(name.modules(num_layers), np.atleast_1d(layers), strict=True) if hit]
+
+
+def refuse_unused(field: str, pattern: Mapping[str, float], found: Sequence[Target]) -> None:
+    """Raises ValueError naming the keys of a rank or alpha pattern that match no adapted module."""
+    modules = [module for target in found for module in target.modules]
+    unused = [key for key in pattern if not any(re.fullmatch(rf"(.*\.)?({key})$", module) for module in modules)]
+    if unused:
+        known = sorted({module.rsplit(".", 1)[-1] for module in modules})
+        raise ValueError(
+            f"peft.{field}: {', '.join(map(repr, unused))} matches no adapted module; expected regexes for the end of "
+            f"names such as {modules[0]!r}; adapted are {', '.join(known)}"
+        )

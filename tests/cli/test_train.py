@@ -123,3 +123,9 @@ def test_unrolled_layers_give_the_scanned_run(capsys, words, tmp_path):
         runs.append([row["loss"] for row in metrics(tmp_path / how) if "loss" in row])
         assert (tmp_path / how / "adapter" / "adapter_model.safetensors").exists()
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+
+
+def test_a_metric_that_is_not_evaluated_is_refused_before_training(capsys, words, tmp_path):
+    code, _, err = jaxft(capsys, *words, "eval.metric=foo")
+    assert code == 2 and "eval.metric" in err and "perplexity" in err
+    assert not (tmp_path / "run").exists()

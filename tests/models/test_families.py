@@ -18,7 +18,7 @@ SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 12,
-    "num_attention_heads": 4,
+    "num_attention_heads": 32,
 }
 GPT2_SIZES = {"vocab_size": 64, "n_embd": 64, "n_layer": 12, "n_head": 4}
 
@@ -184,3 +184,26 @@ def test_unknown_family_and_missing_field():
         families.read({**SIZES, "model_type": "lama"})
     with pytest.raises(ValueError, match=r"'hidden_size' is missing"):
         families.read({"model_type": "llama", "num_attention_heads": 4})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_key_value_heads": 3, "num_attention_heads": 4},
+        {"num_hidden_layers": 0},
+        {"head_dim": 7},
+        {"vocab_size": 0},
+        {"is_encoder_decoder": True},
+        {"add_cross_attention": True},
+        {"pruned_heads": {"0": [1]}},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_what_no_decoder_can_be_is_refused(change):
+    raw = {
+        "model_type": "llama", "vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    families.read(raw)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        families.read({**raw, **change})

@@ -274,6 +274,8 @@ def test_several_methods_in_order():
         (dict(targets=("q_proj",), layers=(7,)), "'q_proj' selects no weight of this model \\(3 layers\\)"),
         (dict(targets=("q_proj",), exclude=("q_proj",)), "'q_proj' selects no weight"),
         (dict(modules_to_save=("lm_heat",)), "peft.modules_to_save: 'lm_heat' selects no weight"),
+        (dict(rank_pattern={"q_prj": 4}), "peft.rank_pattern: 'q_prj' matches no adapted module"),
+        (dict(alpha_pattern={"lm_head": 4}), "peft.alpha_pattern: 'lm_head' matches no adapted module"),
         (dict(modules_to_save=("1.mlp.up_proj",)), r"selects layers \[1\] of layers/mlp/up"),
     ],
 )

@@ -52,6 +52,30 @@ def read(raw: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, 
         hint = f" (nearest: {near[0]})" if near else ""
         raise ValueError(f"{where}: model_type={kind!r} is not supported{hint}; known families: {sorted(FAMILIES)}")
     fields = Fields(raw, where)
+    for name in ("add_cross_attention", "is_encoder_decoder"):
+        fields.expect(name, False, why="only decoders without an encoder are implemented")
+    fields.expect("pruned_heads", {}, why="pruned heads are not implemented")
     config, names = FAMILIES[kind].config(fields), FAMILIES[kind].names(fields)
     fields.finish()
+    _refuse_impossible(config, where)
     return config, names
+
+
+def _refuse_impossible(config: ModelConfig, where: str) -> None:
+    """Sizes that no checkpoint of a decoder can have."""
+    sizes = {
+        n: getattr(config, n)
+        for n in ("vocab_size", "hidden_size", "mlp_size", "num_heads", "num_kv_heads", "head_dim")
+    }
+    bad = [f"{name}={size!r}" for name, size in sizes.items() if not isinstance(size, int) or size < 1]
+    if not config.layers:
+        bad.append("no layers")
+    if not bad and config.num_heads % config.num_kv_heads:
+        bad.append(f"{config.num_heads} heads over {config.num_kv_heads} key heads")
+    if not bad and config.ropes and any(rope.dim % 2 for rope in config.ropes):
+        bad.append("an odd number of rotated features")
+    if bad:
+        raise ValueError(
+            f"{where}: got {', '.join(bad)}; expected positive sizes, at least one layer, heads that are a multiple "
+            "of the key heads, and an even number of rotated features"
+        )

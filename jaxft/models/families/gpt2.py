@@ -16,7 +16,6 @@ def config(fields: Fields) -> ModelConfig:
     hidden, heads, positions = fields.get("n_embd"), fields.get("n_head"), fields.get("n_positions", 1024)
     fields.expect("n_ctx", positions, why="it is n_positions under an older name")
     fields.expect("n_special", 0, why="extra embeddings are not implemented")
-    fields.expect("add_cross_attention", False, why="only decoders without an encoder are implemented")
     for name in IGNORED.split():
         fields.get(name, None)
     by_depth = fields.get("scale_attn_by_inverse_layer_idx", False)
