@@ -174,3 +174,18 @@ def test_torch_is_not_needed(directory, tmp_path):
     command = [sys.executable, "-c", WITHOUT_TORCH, str(directory), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_embedded_model_is_one_like_any_other():
+    """It loads in transformers, with our log-probabilities, and knows a little."""
+    folder = Path(__file__).parents[1] / "assets" / "tiny"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = jaxft.load(folder, dtype="float32")
+    ids = ours.tokenizer("Words: sun moon tree. The second word is moon", return_tensors="np")["input_ids"]
+    with torch.no_grad():
+        logp = torch.log_softmax(theirs(torch.tensor(ids)).logits, -1)[0, :-1]
+    expected = logp.gather(-1, torch.tensor(ids)[0, 1:, None])[:, 0].numpy()
+    got = np.asarray(ours.logprobs(ours.params, ids))[0]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert got[-1] > np.log(0.9)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 10e6
