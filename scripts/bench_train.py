@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxft import peft
 from jaxft.core import tree
-from jaxft.models import families, init
+from jaxft.models import families, flops, init
 from jaxft.models.decoder import KEPT, Execution
 from jaxft.objectives import OBJECTIVES, SFT
 from jaxft.rollout.score import make_score
@@ -87,16 +87,8 @@ def timed(run, warm_up: int, count: int) -> list[float]:
     return times
 
 
-def model_flops(config, batch: int, length: int, method: str) -> float:
-    d, h = config.hidden_size, config.head_dim
-    per_layer = 2 * d * config.num_heads * h + 2 * d * config.num_kv_heads * h + 3 * d * config.mlp_size
-    n = config.num_layers * per_layer + d * config.vocab_size
-    attention = 6 * config.num_layers * batch * length**2 * config.num_heads * h
-    return (6 if method == "full" else 4) * n * batch * length + attention
-
-
 def build(args: argparse.Namespace):
-    """The compiled step with its arguments: (compiled, state, frozen, batches, config, compile seconds)."""
+    """The compiled step with its arguments: (compiled, state, frozen, batches, config, names, compile seconds)."""
     raw = {"model_type": "llama", "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **SHAPES[args.shape]}
     config, names = families.read(raw)
     key = jax.random.key(0, impl="rbg" if jax.default_backend() == "gpu" else None)
@@ -120,7 +112,7 @@ def build(args: argparse.Namespace):
     run = step.make_step(objective, SFT(), score, optimizer)
     start = time.perf_counter()
     compiled = run.lower(train_state, frozen, batches[0]).compile()
-    return compiled, train_state, frozen, batches, config, time.perf_counter() - start
+    return compiled, train_state, frozen, batches, config, names, time.perf_counter() - start
 
 
 def batch(index: int, args: argparse.Namespace, vocabulary: int) -> dict[str, jax.Array]:
@@ -160,7 +152,7 @@ def kernels(run, count: int = 30) -> list[tuple[str, float, float]]:
 def main() -> None:
     args = arguments()
     ceiling = matmul_ceiling()
-    compiled, train_state, frozen, batches, config, seconds = build(args)
+    compiled, train_state, frozen, batches, config, names, seconds = build(args)
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     losses: list[float] = []
@@ -172,7 +164,8 @@ def main() -> None:
 
     times = timed(run, 3, args.steps)
     median = statistics.median(times)
-    flops = model_flops(config, args.batch, args.length, args.method)
+    per_token = flops.per_token(config, names, args.length, base_trained=args.method == "full")
+    work = per_token * args.batch * args.length
     device = jax.local_devices()[0]
     result = {
         **vars(args),
@@ -182,9 +175,9 @@ def main() -> None:
         "min_ms": round(min(times) * 1e3, 2),
         "max_ms": round(max(times) * 1e3, 2),
         "tokens_per_s": round(args.batch * args.length / median),
-        "model_tflops": round(flops / median / 1e12, 1),
+        "model_tflops": round(work / median / 1e12, 1),
         "matmul_tflops": round(ceiling / 1e12, 1),
-        "share_of_matmul": round(flops / median / ceiling, 4),
+        "share_of_matmul": round(work / median / ceiling, 4),
         "peak_gib": round((used - memory.alias_size_in_bytes) / 2**30, 2),
         "in_use_peak_gib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30, 2),
         "compile_s": round(seconds, 1),

@@ -7,11 +7,12 @@ themselves are then not read. Under a mesh (`jax.set_mesh`, or `mesh=`) the TPU 
 and heads.
 """
 
+import dataclasses
 import functools
 import logging
 import math
 import re
-from typing import Literal, TypedDict
+from typing import Literal
 
 import jax
 
@@ -56,8 +57,8 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     rows, heads = _free(mesh, batch_axes), _free(mesh, (head_axis,))
     choice = attention_choice.choose(
-        attention_choice.Case(
-            **_facts(q_BTNH, k_BSKH, mesh), aligned=aligned, causal=causal, segments=q_segments_BT is not None,
+        dataclasses.replace(
+            _facts(q_BTNH, k_BSKH, mesh), aligned=aligned, causal=causal, segments=q_segments_BT is not None,
             window=window, softcap=softcap, batch_shards=_size(mesh, rows), head_shards=_size(mesh, heads),
         ),
         backend,
@@ -79,30 +80,16 @@ def attention(
     return attention_xla.attend(spec, q_BTNH, k_BSKH, v_BSKH, ids)
 
 
-class _Facts(TypedDict):
-    """The fields of a `Case` read off the arrays, the mesh and the machine."""
-
-    platform: str
-    dtype: str
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    capability: tuple[int, int] | None
-    matmul_precision: str | None
-
-
-def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, mesh: Mesh) -> _Facts:
+def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, mesh: Mesh) -> attention_choice.Case:
+    """The fields of a `Case` that are read off the arrays, the mesh and the machine."""
     B, T, N, H = q_BTNH.shape
     platform = _platform(mesh)
-    return {
-        "platform": platform, "dtype": q_BTNH.dtype.name,
-        "batch": B, "queries": T, "keys": k_BSKH.shape[1], "heads": N, "kv_heads": k_BSKH.shape[2], "head_dim": H,
-        "capability": _capability() if platform == "gpu" else None,
-        "matmul_precision": jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
-    }  # fmt: skip
+    return attention_choice.Case(
+        platform=platform, dtype=q_BTNH.dtype.name,
+        batch=B, queries=T, keys=k_BSKH.shape[1], heads=N, kv_heads=k_BSKH.shape[2], head_dim=H,
+        capability=_capability() if platform == "gpu" else None,
+        matmul_precision=jax.config.jax_default_matmul_precision,  # pyright: ignore[reportAttributeAccessIssue]
+    )  # fmt: skip
 
 
 def _check(q, k, v, q_positions, k_positions, q_segments, k_segments, window: int | None) -> None:
