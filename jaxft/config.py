@@ -49,8 +49,8 @@ class RunConfig:
     """The model that is fine-tuned."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training data and its held-out part."""
-    peft: Choice = fields.choice("method", _METHODS, "lora", "Fine-tuning method.")
-    """What is trained: the method and its settings."""
+    peft: tuple[Choice, ...] = fields.choice("method", _METHODS, "lora", "Fine-tuning method.", several=True)
+    """What is trained: a method and its settings, or a list of them, applied in order."""
     objective: Choice = fields.choice("name", _OBJECTIVES, "sft", "Training objective.")
     """What is minimised: the objective and its settings."""
     optim: OptimConfig = field(default_factory=OptimConfig)

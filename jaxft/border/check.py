@@ -92,6 +92,8 @@ class _Checker:
         return field.default
 
     def value(self, field: Field, value: Any, path: KeyPath) -> Any:
+        if field.alternatives and field.alternatives.several:
+            return self.choices(field.alternatives, value, path)
         if field.alternatives:
             return self.choice(field.alternatives, value, path)
         return self.typed(field.type, value, path)
@@ -124,6 +126,17 @@ class _Checker:
                 problem = problem or _constraint(error)
         message = f"`{dotted(path)}`: expected {fields_.words(annotation)}, got {show(attempts[0])}"
         return self.note(path, message + problem + _remedy(annotation, attempts[0]))
+
+    def choices(self, alternatives: Alternatives, value: Any, path: KeyPath) -> Any:
+        """A list of choices, or a single one without the list."""
+        items = _opened(value)
+        if not isinstance(items, list):
+            single = self.choice(alternatives, value, path)
+            return _INVALID if single is _INVALID else (single,)
+        if not items:
+            return self.note(path, f"`{dotted(path)}`: got an empty list; expected at least one {alternatives.tag}")
+        built = [self.choice(alternatives, item, (*path, i)) for i, item in enumerate(items)]
+        return _INVALID if any(item is _INVALID for item in built) else tuple(built)
 
     def choice(self, alternatives: Alternatives, value: Any, path: KeyPath) -> Any:
         """`{tag: name, key: ...}`, or just the name where its defaults will do (`peft=lora`)."""
@@ -232,6 +245,11 @@ def plain(config: Any) -> Any:
 
 
 def _plain_field(field: Field, value: Any) -> Any:
-    if field.alternatives:
-        return {field.alternatives.tag: value.name, **plain(value.value)}
-    return plain(value)
+    if field.alternatives is None:
+        return plain(value)
+    chosen = [{field.alternatives.tag: one.name, **plain(one.value)} for one in _tuple(value)]
+    return chosen if len(chosen) > 1 else chosen[0]
+
+
+def _tuple(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)

@@ -34,6 +34,8 @@ class Alternatives:
     default: str
     doc: str
     """What the tag means."""
+    several: bool = False
+    """Whether it is a tuple of choices: a list in a file, or a single one written as a mapping."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,16 @@ class Field:
         return self.default is dataclasses.MISSING
 
 
-def choice(tag: str, classes: Mapping[str, type], default: str, doc: str) -> Any:
-    """Declares a field of type `Choice`; its default is the default alternative with that one's defaults."""
-    alternatives = Alternatives(tag, classes, default, doc)
-    return dataclasses.field(
-        default_factory=lambda: Choice(default, classes[default]()), metadata={"alternatives": alternatives}
-    )
+def choice(tag: str, classes: Mapping[str, type], default: str, doc: str, several: bool = False) -> Any:
+    """Declares a field of type `Choice`, or `tuple[Choice, ...]` if ``several``; its default is the default
+    alternative with that one's defaults."""
+    alternatives = Alternatives(tag, classes, default, doc, several)
+
+    def usual() -> Any:
+        one = Choice(default, classes[default]())
+        return (one,) if several else one
+
+    return dataclasses.field(default_factory=usual, metadata={"alternatives": alternatives})
 
 
 @functools.cache

@@ -36,6 +36,8 @@ class Split:
 
     trainable: tree.Params
     frozen: tree.Params
+    rates: tree.Params
+    """Default learning rate of each trainable array: that of the method it belongs to."""
     shardings: tree.Params | None
     """Of the trainable arrays, on a mesh."""
 
@@ -68,17 +70,15 @@ def model(config: RunConfig, mesh: Mesh | None) -> Model:
 
 
 def split(config: RunConfig, base: Model, mesh: Mesh | None) -> Split:
-    """The method applied to the base, and its parameters split into trained and frozen."""
-    method = peft.METHODS[config.peft.name]
+    """The methods applied to the base, and the parameters split into trained and frozen."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    params = peft.adapt(base, key, config.peft.value)
-    mask = tree.trainable_mask(params, method.select(config.peft.value))
+    params, mask, rates = peft.adapt_for_training(base, key, [choice.value for choice in config.peft])
     trainable, frozen = tree.partition(params, mask)
     if mesh is None:
-        return Split(trainable, frozen, None)
+        return Split(trainable, frozen, rates, None)
     places = rules.shardings(params, mesh)
     ours, theirs = tree.partition(places, mask)
-    return Split(jax.device_put(trainable, ours), jax.device_put(frozen, theirs), ours)
+    return Split(jax.device_put(trainable, ours), jax.device_put(frozen, theirs), rates, ours)
 
 
 def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
@@ -104,7 +104,13 @@ def start(
     config: RunConfig, parts: Split, steps: int, mesh: Mesh | None
 ) -> tuple[Optimizer, TrainState, TrainState | None]:
     """The optimiser, the state before the first step, and the state's shardings."""
-    optimizer = optim.make(config.optim, parts.trainable, steps, peft.METHODS[config.peft.name].lr)
+    first = peft.METHODS[config.peft[0].name].lr
+    factors = jax.tree.map(lambda rate: rate / first, parts.rates)
+    for choice in config.peft:
+        groups = peft.METHODS[choice.name].groups(choice.value)
+        if groups:
+            factors = jax.tree.map(lambda f, g: f * g, factors, optim.multipliers(groups, parts.trainable))
+    optimizer = optim.make(config.optim, parts.trainable, steps, first, factors)
     key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
     reference = "reference" in OBJECTIVES[config.objective.name].views
     places = None

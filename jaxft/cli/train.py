@@ -61,7 +61,9 @@ def run(config: RunConfig) -> int:
     steps = loop.total_steps(config.train, train.batches_per_epoch)
     optimizer, first, places = assemble.start(config, parts, steps, mesh)
     counted = f"{tree.count(parts.trainable):,} of {tree.count(parts.trainable) + tree.count(parts.frozen):,}"
-    console.print(f"training {counted} parameters for {steps:,} steps with {config.peft.name}")
+    console.print(
+        f"training {counted} parameters for {steps:,} steps with {' + '.join(choice.name for choice in config.peft)}"
+    )
     record = disk.Record(check.plain(config), disk.identity(parts.frozen))
     flops = assemble.flops_per_token(config, base, parts)
     score = assemble.scorer(config, base, how)
@@ -128,7 +130,7 @@ def _handed_over(base: Model, parts: Split, unroll: bool) -> tuple[Model, tree.P
 
 def _write(config: RunConfig, base: Model, params: tree.Params, dtype: str, folder: Path) -> Path:
     """The adapter in peft's format, or the whole model where the model's own arrays were trained; replaces nothing."""
-    if peft.METHODS[config.peft.name].hf is not None:
+    if any(peft.METHODS[choice.name].hf is not None for choice in config.peft):
         out = folder / target.ADAPTER
         source = base.source if config.model.init == "pretrained" else None
         hf.save_adapter(

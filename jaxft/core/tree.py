@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxft.core import weight as weights
-from jaxft.core.weight import Split, Weight
+from jaxft.core.weight import Head, Shared, Slot, Split, Transposed, Weight
 
 Params = Any  # nested dicts of arrays and Weights
 
@@ -36,6 +37,11 @@ def is_weight(x: Any) -> bool:
 def is_split(x: Any) -> bool:
     """Whether ``x`` is one stack held as separate layers."""
     return isinstance(x, Split)
+
+
+def _is_stack(x: Any) -> bool:
+    """Whether ``x`` is to be indexed as a whole: a split stack, or what its layers share."""
+    return isinstance(x, Split | Shared)
 
 
 def is_leaf(x: Any) -> bool:
@@ -106,24 +112,42 @@ def strip(params: Params) -> Params:
         if w.adapter:
             return bare(w.base)
         w = _rebuild(w, lambda f, v: bare(v))
+        if isinstance(w, Head) and isinstance(w.base, Transposed):
+            return w.base.base
         return w.base if isinstance(w, weights.Untied) and w.head is w.base else w
 
+    if isinstance(params, dict):
+        params = {name: part for name, part in params.items() if not isinstance(part, Slot)}
     return jax.tree.map(bare, params, is_leaf=is_weight)
 
 
 def merge(params: Params) -> Params:
-    """The model with every adapter folded into a plain weight, layers stacked; raises NotMergeable naming the path."""
+    """The model with every adapter folded into a plain weight, layers stacked.
+
+    Raises NotMergeable naming the path, and ValueError (not while tracing) where a merged weight is not finite."""
 
     def fold(path: str, w: Any) -> Any:
         if not isinstance(w, Weight):
             return w
         w = _rebuild(w, lambda f, v: fold(f"{path}/{f.name}", v))
+        if isinstance(w, Head) and not isinstance(w.base, Weight):
+            return jnp.swapaxes(w.base, -1, -2)
         try:
-            return w.merged() if w.adapter else w
+            return _finite(path, w.merged()) if w.adapter else w
         except weights.NotMergeable as error:
             raise weights.NotMergeable(f"{path}: {error}") from None
 
     return map_weights(fold, stack_layers(params))
+
+
+def _finite(path: str, merged: Any) -> Any:
+    for where, a in paths(merged):
+        if not isinstance(a, Tracer) and not bool(jnp.all(jnp.isfinite(a))):
+            raise ValueError(
+                f"{'/'.join(filter(None, (path, where)))}: merging gives numbers that are not finite, so the base is "
+                "left as it is; expected a finite adapter. Go back to a checkpoint from before training diverged."
+            )
+    return merged
 
 
 def trainable_mask(params: Params, select: str | None = None) -> Params:
@@ -247,8 +271,8 @@ def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Par
 
     ``donate`` frees each stack once it is split, so that never more than one of them exists twice."""
 
-    def split(a: jax.Array) -> Split | jax.Array:
-        if a.ndim < 3:
+    def split(a: Any) -> Any:
+        if isinstance(a, Shared) or a.ndim < 3:
             return a
         parts = Split(tuple(a[i] for i in range(a.shape[0])))
         if donate:
@@ -256,7 +280,7 @@ def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Par
             a.delete()
         return parts
 
-    return {**tree, key: jax.tree.map(split, tree[key])}
+    return {**tree, key: jax.tree.map(split, tree[key], is_leaf=lambda a: isinstance(a, Shared))}
 
 
 def stack_layers(tree: Params) -> Params:
@@ -266,9 +290,22 @@ def stack_layers(tree: Params) -> Params:
 
 def num_layers(params: Params) -> int:
     """Depth of the stack under ``layers``."""
-    return paths(params["layers"])[0][1].shape[0]
+    leaves = jax.tree.leaves(params["layers"], is_leaf=_is_stack)
+    return next(a for a in leaves if not isinstance(a, Shared)).shape[0]
 
 
 def layer(tree: Params, index: Any) -> Params:
     """Layer ``index`` of a tree of stacked arrays (or `Split`s)."""
-    return jax.tree.map(lambda a: a[index], tree, is_leaf=is_split)
+    return jax.tree.map(lambda a: a[index], tree, is_leaf=_is_stack)
+
+
+def hold_shared(stack: Params) -> tuple[list, Callable[[list], Params]]:
+    """What a scan over layers may slice (the arrays of ``stack``, `Shared` ones left out as ``None``), and the function
+    that makes a layer of a slice."""
+    leaves, treedef = jax.tree.flatten(stack, is_leaf=lambda a: isinstance(a, Shared))
+    sliced = [None if isinstance(a, Shared) else a for a in leaves]
+
+    def whole(part: list) -> Params:
+        return treedef.unflatten([a if p is None else p for p, a in zip(part, leaves, strict=True)])
+
+    return sliced, whole

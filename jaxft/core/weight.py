@@ -55,12 +55,15 @@ class Weight:
     """Base of every leaf that is not a plain array.
 
     Shapes are those of the matrix it stands for, ``[*stack, in, out]`` (``[vocab, features]`` for an embedding).
-    Subclasses with a field ``base`` inherit shape, dtype and the verbs from it and override what they change.
+    Subclasses with a field ``base`` inherit shape, dtype and the verbs from it and override what they change; all that
+    an adapter must say is what ``x @ w`` means for one layer.
     """
 
     __array_ufunc__ = None  # numpy hands `x @ w` over instead of iterating over w
     adapter: ClassVar[bool] = True  # wraps a base that `strip` gives back; False for parts of the model itself
+    mergeable: ClassVar[bool] = True  # whether `x @ w` is `x` times a matrix plus a constant
     tied: bool | None = None  # a field of what may stand at an embedding: see InPlace
+    gate: Any  # a field of adapters, float32[*stack]: 1 where a layer is adapted, 0 where the map is the identity
     base: Any
 
     @property
@@ -74,6 +77,11 @@ class Weight:
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    @property
+    def adapted(self) -> jax.Array:
+        """bool[*stack]: the layers that the adapter changes."""
+        return jnp.asarray(self.gate) > 0
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """``x``: [..., in] -> [..., out], in the dtype of ``x``."""
@@ -97,20 +105,34 @@ class Weight:
         return dataclasses.replace(self, base=base.unshard()) if isinstance(base, Weight) else self  # type: ignore[type-var]
 
     def dense(self) -> jax.Array:
-        """The matrix this stands for, in the dtype it was made from."""
-        raise NotImplementedError
+        """The matrix this stands for, in the dtype it was made from: by default what the map makes of the identity."""
+        return _affine(self)[0].astype(self.dtype)
 
     def merged(self) -> Any:
         """The plain weight equal to this adapter on its base; raises NotMergeable where there is none."""
-        raise NotMergeable(f"{type(self).__name__} is not a map on the weight: it cannot be merged")
+        if not self.mergeable:
+            raise NotMergeable(f"{type(self).__name__} is not a map on the weight: it cannot be merged")
+        if isinstance(self.base, Affine):
+            matrix, constant = _affine(self)
+            return Affine(matrix.astype(self.dtype), constant.astype(self.base.bias.dtype))
+        return self.dense()
 
     def axes(self, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
-        """Logical axis names of the fields, given those of the dense weight ``(*stack, in, out)``."""
-        return {"base": names}
+        """Logical axis names of the fields, given those of the dense weight ``(*stack, in, out)``.
+
+        By default all but the base are whole on every device, stacked like it."""
+        stack = names[:-2]
+
+        def of(value: Any) -> tuple[str | None, ...]:
+            own = () if isinstance(value, Shared) else stack
+            return (*own, *[None] * (value.ndim - len(own)))
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if role(f) != STATIC}  # type: ignore[arg-type]
+        return {n: names if n == "base" else of(v) for n, v in fields.items() if n == "base" or hasattr(v, "ndim")}
 
     def __getitem__(self, index: Any) -> "Weight":
         """Indexes the stack (layer) axis of every array."""
-        return jax.tree.map(lambda a: a[index], self, is_leaf=lambda a: isinstance(a, Split))
+        return jax.tree.map(lambda a: a[index], self, is_leaf=lambda a: isinstance(a, Split | Shared))
 
     def __repr__(self) -> str:
         parts = []
@@ -213,6 +235,74 @@ class Untied(Weight):
         return {"base": names, "head": names}
 
 
+@weight
+class Transposed(Weight):
+    """An embedding ``base`` [vocab, features] read as the head's matrix [features, vocab], its buffer shared."""
+
+    base: Any = parameter()
+    adapter: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.base.shape[:-2], *self.base.shape[:-3:-1])
+
+    def __rmatmul__(self, x):
+        return _unembed(self.base, x)
+
+    def dense(self):
+        return jnp.swapaxes(_dense(self.base), -1, -2)
+
+    def axes(self, names):
+        return {"base": (*names[:-2], *names[:-3:-1])}
+
+
+@weight
+class Head(Transposed):
+    """Any weight ``base`` [features, vocab] as the tied head of an embedding, standing as [vocab, features]."""
+
+    def __rmatmul__(self, x):
+        raise TypeError("a head is only ever multiplied by its transpose: unembed")
+
+    def unembed(self, x):
+        return x @ self.base
+
+
+class Slot(Weight):
+    """What is trained at a place of its own in the parameters (a prompt, a prefix) and is no map on a weight."""
+
+    mergeable: ClassVar[bool] = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(jnp.float32)
+
+
+def _dense(w: Any) -> jax.Array:
+    return w.dense() if isinstance(w, Weight) else w
+
+
+def _affine(w: Weight) -> tuple[jax.Array, jax.Array]:
+    """The matrix and the constant of the map ``x @ w``, float32, layer by layer."""
+    if len(w.shape) > 2:
+        over = jax.tree.map(lambda a: None if isinstance(a, Shared) else 0, w, is_leaf=lambda a: isinstance(a, Shared))
+        return jax.vmap(_affine, in_axes=(over,))(w)
+    base: Any = w.base
+    base = Affine(_float32(base.base), _float32(base.bias)) if isinstance(base, Affine) else _float32(base)
+    size = w.shape[0]
+    probe = jnp.eye(size + 1, size)  # the identity, and a row of zeros for the constant
+    with jax.default_matmul_precision("highest"):
+        rows = probe @ dataclasses.replace(w, base=base)  # type: ignore[type-var]
+    return rows[:-1] - rows[-1], rows[-1]
+
+
+def _float32(w: Any) -> jax.Array:
+    return _dense(w).astype(jnp.float32)
+
+
 def _unembed(w: Any, x: jax.Array) -> jax.Array:
     return w.unembed(x) if isinstance(w, Weight) else x @ w.T
 
@@ -252,3 +342,36 @@ class Split:
 
     def __repr__(self) -> str:
         return f"Split({len(self.parts)} x {jnp.dtype(self.dtype).name}{list(self.parts[0].shape)})"
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Shared:
+    """An array that all layers of a stack have in common: a layer of it is itself, and a scan closes over it."""
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+
+    def __getitem__(self, index: Any) -> "Shared":
+        return self
+
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.value.dtype
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("value"), self.value)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+    def __repr__(self) -> str:
+        return f"Shared({self.value})"

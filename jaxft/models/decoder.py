@@ -156,9 +156,11 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
         return x_BTD, held, jnp.stack(outputs) if capture else None
 
     period = config.period
+    sliced, whole = tree.hold_shared(stack)
 
     def block(carry, inputs):
-        (x, cached), (p, i) = carry, inputs
+        (x, cached), (part, i) = carry, inputs
+        p = whole(part)
         ys = []
         for j, kind in enumerate(config.layers[:period]):
             x, cached = one(kind)(x, tree.layer(p, j) if period > 1 else p, cached, i * period + j)
@@ -167,8 +169,8 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
 
     blocks = config.num_layers // period
     if period > 1:
-        stack = jax.tree.map(lambda a: a.reshape(blocks, period, *a.shape[1:]), stack)
-    (x_BTD, held), ys = jax.lax.scan(block, (x_BTD, held), (stack, jnp.arange(blocks)))
+        sliced = jax.tree.map(lambda a: a.reshape(blocks, period, *a.shape[1:]), sliced)
+    (x_BTD, held), ys = jax.lax.scan(block, (x_BTD, held), (sliced, jnp.arange(blocks)))
     return x_BTD, held, None if ys is None else ys.reshape(config.num_layers, *x_BTD.shape)
 
 

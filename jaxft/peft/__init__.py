@@ -1,7 +1,7 @@
 """Parameter-efficient methods: leaves that add few parameters, or masks over the model's own.
 
-`METHODS` is the literal table. A method is one file: a config dataclass, a Weight subclass or a mask, and
-``adapt(params, names, key, config) -> params``.
+`METHODS` is the literal table. A method is one file: a config that inherits `Targeted` and wraps a base in the Weight
+beside it, and the `Format` in which peft stores it; or a mask, or a slot, with an ``adapt`` of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,27 +11,11 @@ from typing import Any
 import jax
 
 from jaxft.core import tree
-from jaxft.peft import full, lora, lora_hf
+from jaxft.peft import full, lora, lora_hf, sites
+from jaxft.peft.formats import Format
 from jaxft.peft.full import Full
 from jaxft.peft.lora import LoRA, LoRAWeight
-
-
-@dataclass(frozen=True)
-class Format:
-    """A method's own part of Hugging Face's adapter format; `hf` has what all methods share."""
-
-    peft_type: str
-    """Its name in adapter_config.json."""
-    leaf: type
-    """The Weight that holds it."""
-    fields: tuple[str, ...]
-    """Config fields that are read, or that change nothing a trained adapter computes; any other set one is refused."""
-    export: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
-    """(leaves by path, params, names, num_layers) -> (config fields, tensors)."""
-    refuse: Callable[..., None]
-    """(where, config): raises AdapterError for a value of a known field that is not understood."""
-    restore: Callable[..., tree.Params]
-    """(where, config, tensors, params, names) -> params; takes out of ``tensors`` what it uses."""
+from jaxft.peft.sites import Site, Targeted
 
 
 @dataclass(frozen=True)
@@ -39,21 +23,21 @@ class Method:
     """One row of `METHODS`."""
 
     config: type
-    adapt: Callable[..., tree.Params]
     lr: float
     """Default peak learning rate with AdamW."""
+    adapt: Callable[..., tree.Params] = sites.adapt
+    """(params, names, key, config) -> params; by default ``config.wrap`` at every weight that the config selects."""
     select: Callable[[Any], str | None] = lambda config: None
     """The pattern of plain arrays that train besides the method's own fields."""
+    groups: Callable[[Any], dict[str, float]] = lambda config: {}
+    """Factors of the learning rate: a regex searched in paths of trained arrays to its factor."""
     hf: Format | None = None
-    """How it is stored in Hugging Face's format; None for a method that has no adapter of its own."""
-
-
-LORA = Format("LORA", LoRAWeight, lora_hf.FIELDS, lora_hf.export, lora_hf.refuse_unknown, lora_hf.restore)
+    """How it is stored in Hugging Face's format; None for a method that has no adapter of its own there."""
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(Full, full.adapt, lr=2e-5, select=lambda config: config.select),
-    "lora": Method(LoRA, lora.adapt, lr=2e-4, hf=LORA),
+    "full": Method(full.Full, lr=2e-5, adapt=full.adapt, select=lambda config: config.select),
+    "lora": Method(lora.LoRA, lr=2e-4, hf=lora_hf.FORMAT),
 }
 
 
@@ -70,11 +54,35 @@ def adapt(model: Any, key: jax.Array, method: Any) -> tree.Params:
 
     ``model`` has ``params`` and ``names``; ``method`` is a config such as ``LoRA(rank=16)``. The base's buffers are
     shared, not copied."""
-    methods: Sequence[Any] = method if isinstance(method, list | tuple) else [method]
-    params = model.params
+    return adapt_for_training(model, key, method if isinstance(method, list | tuple) else [method])[0]
+
+
+def adapt_for_training(
+    model: Any, key: jax.Array, methods: Sequence[Any]
+) -> tuple[tree.Params, tree.Params, tree.Params]:
+    """(parameters, mask of what trains, default learning rate of each trained array): see `adapt`.
+
+    An array belongs to the first of the methods that trains it."""
+    params, rates = model.params, dict[int, float]()
     for i, config in enumerate(methods):
-        params = method_of(config).adapt(params, model.names, jax.random.fold_in(key, i), config)
-    return params
+        row = method_of(config)
+        params = row.adapt(params, model.names, jax.random.fold_in(key, i), config)
+        for leaf in _trained(params, row.select(config)):
+            rates.setdefault(id(leaf), row.lr)
+    patterns = [pattern for c in methods if (pattern := method_of(c).select(c)) is not None]
+    patterns = [tree.PRESETS.get(pattern, pattern) for pattern in patterns]
+    mask = tree.trainable_mask(params, "|".join(f"(?:{p})" for p in patterns) if patterns else None)
+    last = method_of(methods[-1]).lr
+    return params, mask, jax.tree.map(lambda p, m: rates.get(id(p), last) if m else None, params, mask)
 
 
-__all__ = ["METHODS", "Format", "Full", "LoRA", "Method", "adapt", "method_of"]
+def _trained(params: tree.Params, select: str | None) -> list[jax.Array]:
+    """The arrays that train, as they are now; none yet where only a later method has any."""
+    try:
+        mask = tree.trainable_mask(params, select)
+    except ValueError:
+        return []
+    return jax.tree.leaves(tree.partition(params, mask)[0])
+
+
+__all__ = ["METHODS", "Format", "Full", "LoRA", "LoRAWeight", "Method", "Site", "Targeted", "adapt", "method_of"]

@@ -1,7 +1,7 @@
 """An adapter's directory: ``adapter_config.json`` and ``adapter_model.safetensors``, read and written whole.
 
-Nothing here knows a method. Tensors are numpy arrays by their name without peft's prefix ``base_model.model.``. A
-directory appears complete, by a rename, or not at all.
+Nothing here knows a method. Tensors are numpy arrays by their name without peft's prefix ``base_model.model.``, or by
+their whole name behind a ``/`` where they do not have it. A directory appears complete, by a rename, or not at all.
 """
 
 import json
@@ -69,7 +69,7 @@ def _tensors(directory: Path) -> Tensors:
         raise AdapterError(
             file, f"what safetensors cannot read ({error})", "a whole safetensors file", remedy
         ) from None
-    return {name.removeprefix(PREFIX): array for name, array in tensors.items()}
+    return {(n.removeprefix(PREFIX) if n.startswith(PREFIX) else f"/{n}"): array for n, array in tensors.items()}
 
 
 def refuse_occupied(target: Path, overwrite: bool) -> None:
@@ -91,7 +91,7 @@ def write(target: Path, config: dict[str, Any], tensors: Tensors, readme: str) -
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        arrays = {PREFIX + name: np.ascontiguousarray(array) for name, array in sorted(tensors.items())}
+        arrays = {_whole_name(name): np.ascontiguousarray(array) for name, array in sorted(tensors.items())}
         safetensors.save_file(arrays, work / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (work / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -110,6 +110,10 @@ def write(target: Path, config: dict[str, Any], tensors: Tensors, readme: str) -
     finally:
         if work.exists():
             shutil.rmtree(work)
+
+
+def _whole_name(name: str) -> str:
+    return name[1:] if name.startswith("/") else PREFIX + name
 
 
 def _sync(path: Path) -> None:

@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import InPlace, Weight
-from jaxft.peft import METHODS, Format, disk, places, targets, whole_hf
+from jaxft.peft import METHODS, disk, formats, places, targets, whole_hf
 from jaxft.peft.disk import AdapterError
+from jaxft.peft.formats import Format
 
 # fields of any method's config that are read here, or say nothing about the maths
 COMMON = (
@@ -60,7 +61,7 @@ def save_adapter(
     names = places.rows(names)
     found = {name.path: w for name in names if (w := _adapter(params, name)) is not None}
     method, form = _format_of(target, found)
-    config, tensors = form.export(found, params, names, num_layers)
+    config, tensors = formats.export(form, found, params, names, num_layers)
     parts = (
         whole_hf.export(params, names, num_layers),
         whole_hf.export_biases(target, params, names, num_layers, found),
@@ -127,7 +128,7 @@ def load_adapter(params: tree.Params, names: Names, num_layers: int, directory: 
     modules = tuple(config.get("modules_to_save") or ())
     saved = targets.find_whole(names, num_layers, modules) if modules else []
     params = whole_hf.replace_bases(where, config, tensors, params, names, saved)
-    params = form.restore(where, config, tensors, params, names)
+    params = formats.restore(form, where, config, tensors, params, names)
     params = whole_hf.restore(where, config, tensors, params, saved)
     params = whole_hf.restore_biases(where, config, tensors, params, names)
     if tensors:
@@ -150,10 +151,12 @@ def _modern(config: dict[str, Any], tensors: disk.Tensors) -> tuple[dict[str, An
 
 def _format_named(where: Path, config: dict[str, Any]) -> Format:
     kind = config.get("peft_type")
-    known = {m.hf.peft_type: m.hf for m in METHODS.values() if m.hf is not None}
-    if kind not in known:
-        raise AdapterError(where / disk.CONFIG, f"peft_type {kind!r}", f"one of {', '.join(known)}")
-    return known[kind]
+    known = [m.hf for m in METHODS.values() if m.hf is not None]
+    forms = [form for form in known if form.peft_type == kind and form.claims(config)]
+    if not forms:
+        types = ", ".join(dict.fromkeys(form.peft_type for form in known))
+        raise AdapterError(where / disk.CONFIG, f"peft_type {kind!r}", f"one of {types}")
+    return forms[0]
 
 
 def _refuse_fields(where: Path, config: dict[str, Any], form: Format) -> None:

@@ -10,33 +10,26 @@ against zero rows of B have zero gradients and never move) and a layer that is n
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.core import tree, verbs
-from jaxft.core.names import Names
+from jaxft.core import verbs
 from jaxft.core.weight import Untied, Weight, parameter, static, trainable, weight
-from jaxft.peft import places, whole
-from jaxft.peft import targets as targets_
-from jaxft.peft.targets import Target
+from jaxft.peft.sites import Site, Targeted
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Targeted):
     """Low-rank adaptation. Default learning rate 2e-4."""
 
     rank: int = 16
     """Rank r of the update."""
     alpha: float | None = None
     """Numerator of the scale; default: twice the rank."""
-    targets: str | tuple[str, ...] = "all-linear"
-    """Modules to adapt: torch names (q_proj, ...), our paths, a full-match regex, or all-linear."""
-    exclude: str | tuple[str, ...] = ()
-    """Modules never adapted: names, or a full-match regex."""
     dropout: float = 0.0
     """Probability of zeroing an input feature of the adapter while training."""
     rslora: bool = False
@@ -48,26 +41,39 @@ class LoRA:
     """Ranks that differ: a regex for the end of a module name to its rank."""
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     """Alphas that differ, likewise."""
-    layers: tuple[int, ...] | None = None
-    """Layer indices to adapt; default: all."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole and saved beside the adapter, such as embed_tokens or lm_head."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases trained too: none, all of the model's, or those of the adapted modules."""
-    ensure_weight_tying: bool = False
-    """Whether a tied head follows a trained embedding; otherwise, as in peft, it keeps the original."""
+
+    embeddings: ClassVar[bool] = True
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     def __post_init__(self) -> None:
         for field, good in {"rank": self.rank >= 1, "dropout": 0.0 <= self.dropout < 1.0}.items():
             if not good:
                 raise ValueError(f"peft.{field}: got {getattr(self, field)}; expected rank >= 1, 0 <= dropout < 1")
 
+    def wrap(self, site: Site) -> "LoRAWeight":
+        ranks = site.values(self.rank, self.rank_pattern, np.int32)
+        alphas = site.values(2.0 * self.rank if self.alpha is None else self.alpha, self.alpha_pattern)
+        embedding = site.name.kind == "embedding"
+        a, b = init(site.key, site.base.shape, ranks, "embedding" if embedding else self.init)
+        return LoRAWeight(
+            base=site.base,
+            a=a,
+            b=b,
+            scale=jnp.asarray(scales(ranks, alphas, self.rslora)),
+            rank=jnp.asarray(ranks),
+            rate=0.0 if embedding else self.dropout,
+            rslora=self.rslora,
+            lookup=embedding,
+            tied=site.follows,
+        )
+
 
 @weight
 class LoRAWeight(Weight):
     """``x @ base + scale * (x @ a) @ b``. a: [*stack, in, r]; b: [*stack, r, out]; scale, rank: [*stack].
 
-    ``tied``: as in InPlace, whether a head tied to this embedding follows the adapter; None if no head is tied to it.
+    ``lookup``: whether the base is an embedding. ``tied``: as in InPlace, whether a head tied to it follows the
+    adapter; None if no head is tied to it.
     """
 
     base: Any = parameter()
@@ -78,7 +84,12 @@ class LoRAWeight(Weight):
     key: jax.Array | None = None
     rate: float = static(default=0.0)
     rslora: bool = static(default=False)
+    lookup: bool = static(default=False)
     tied: bool | None = static(default=None)
+
+    @property
+    def adapted(self):
+        return self.rank > 0
 
     def _delta(self, x: jax.Array) -> jax.Array:
         """``scale * (x @ a) @ b`` in the dtype of x; the scale is applied at rank width, where it is cheap."""
@@ -135,58 +146,6 @@ class LoRAWeight(Weight):
             "rank": stack,
             "key": stack,
         }
-
-
-def adapt(params: tree.Params, names: Names, key: jax.Array, config: LoRA) -> tree.Params:
-    """Wraps the targets in `LoRAWeight` (identity at initialisation); trains `modules_to_save` and `bias` in place.
-
-    Raises ValueError naming a target or module that matches nothing."""
-    num_layers = tree.num_layers(params)
-    found = targets_.find(
-        places.rows(names),
-        num_layers,
-        config.targets,
-        exclude=config.exclude,
-        layers=config.layers,
-        saved=config.modules_to_save,
-    )
-    if config.ensure_weight_tying and any(t.name.path == places.TOKENS for t in found):
-        found = [t for t in found if not places.is_tied_head(params, t.name)]  # the head follows the embedding
-    targets_.refuse_unused("rank_pattern", config.rank_pattern, found)
-    targets_.refuse_unused("alpha_pattern", config.alpha_pattern, found)
-    for i, target in enumerate(found):
-        params = _wrap(params, target, jax.random.fold_in(key, i), config)
-    params = whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)
-    if config.bias != "none":
-        params = whole.adapt_biases(params, names, config.bias, {t.name.path for t in found})
-    return params
-
-
-def _wrap(params: tree.Params, target: Target, key: jax.Array, config: LoRA) -> tree.Params:
-    shape = tuple(target.layers.shape)
-    ranks = targets_.pattern_values(target.modules, dict(config.rank_pattern), config.rank).reshape(shape)
-    ranks = np.where(target.layers, ranks, 0).astype(np.int32)
-    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    alphas = targets_.pattern_values(target.modules, dict(config.alpha_pattern), alpha).reshape(shape)
-    embedding = target.name.kind == "embedding"
-    flipped = places.is_tied_head(params, target.name)
-    follows = places.head_follows(params, target.name, config.ensure_weight_tying)
-
-    def wrapped(base: Any) -> LoRAWeight:
-        size = base.shape[::-1] if flipped else base.shape
-        a, b = init(key, size, ranks, "embedding" if embedding else config.init)
-        return LoRAWeight(
-            base=base,
-            a=b.T if flipped else a,
-            b=a.T if flipped else b,
-            scale=jnp.asarray(scales(ranks, alphas, config.rslora)),
-            rank=jnp.asarray(ranks),
-            rate=0.0 if embedding else config.dropout,
-            rslora=config.rslora,
-            tied=True if flipped else follows,
-        )
-
-    return places.wrap(params, target.name, wrapped)
 
 
 def scales(ranks: np.ndarray, alphas: np.ndarray, rslora: bool) -> np.ndarray:

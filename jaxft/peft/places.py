@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
-from jaxft.core.weight import Affine, Untied, Weight
+from jaxft.core.weight import Affine, Head, Transposed, Untied, Weight
 
 TOKENS, HEAD = "embed/tokens", "head"
 
@@ -36,30 +36,52 @@ def head_follows(params: tree.Params, name: Name, ensure_weight_tying: bool) -> 
 
 
 def get(params: tree.Params, name: Name) -> Any:
-    """The weight of a row without its bias, or trained whole with it; None for a tied head that is only tied."""
+    """The weight of a row without its bias, or trained whole with it; None for a tied head that is only tied.
+
+    An adapted tied head is given as the [features, vocab] weight it is to peft, one trained whole as [vocab, features].
+    """
     if is_tied_head(params, name):
         tokens = tree.get(params, TOKENS)
-        return tokens.head if isinstance(tokens, Untied) else None
+        head = tokens.head if isinstance(tokens, Untied) else None
+        return head.base if isinstance(head, Head) else head
     w = tree.get(params, name.path)
     return w.base if isinstance(w, Affine | Untied) else w
 
 
-def wrap(params: tree.Params, name: Name, fn: Callable[[Any], Any]) -> tree.Params:
-    """Replaces the weight of a row by ``fn(weight)``: inside a bias; for a tied head, beside the embedding."""
+def wrap(params: tree.Params, name: Name, fn: Callable[[Any], Any], outside: bool = False) -> tree.Params:
+    """Replaces the weight of a row by ``fn(weight)``: inside a bias, or around it if ``outside``; a tied head is handed
+    to ``fn`` as a [features, vocab] weight."""
     if not is_tied_head(params, name):
+        if outside:
+            return tree.replace(params, name.path, fn(tree.get(params, name.path)))
         return tree.wrap(params, name.path, fn)
-    tokens = tree.get(params, TOKENS)
-    if not isinstance(tokens, Untied):
-        bare = tree.strip(tokens)
-        # an adapter of the look-up no longer has a head to think of
-        tokens = Untied(bare if tokens is bare else dataclasses.replace(tokens, tied=None), bare)
+    tokens = _untied(params)
+    base = tokens.head.base if isinstance(tokens.head, Head) else Transposed(tokens.head)
+    return tree.replace(params, TOKENS, dataclasses.replace(tokens, head=Head(fn(base))))
+
+
+def wrap_head(params: tree.Params, fn: Callable[[Any], Any]) -> tree.Params:
+    """Replaces a tied head, [vocab, features], by ``fn(weight)``."""
+    tokens = _untied(params)
     return tree.replace(params, TOKENS, dataclasses.replace(tokens, head=fn(tokens.head)))
+
+
+def _untied(params: tree.Params) -> Untied:
+    """The embedding beside the head that is about to differ from it."""
+    tokens = tree.get(params, TOKENS)
+    if isinstance(tokens, Untied):
+        return tokens
+    bare = tree.strip(tokens)
+    # an adapter of the look-up no longer has a head to think of
+    return Untied(bare if tokens is bare else dataclasses.replace(tokens, tied=None), bare)
 
 
 def put(params: tree.Params, name: Name, weight: Any) -> tree.Params:
     """Replaces what `get` returned."""
     if is_tied_head(params, name):
-        return tree.replace(params, TOKENS, dataclasses.replace(tree.get(params, TOKENS), head=weight))
+        tokens = tree.get(params, TOKENS)
+        head = Head(weight) if isinstance(tokens.head, Head) else weight
+        return tree.replace(params, TOKENS, dataclasses.replace(tokens, head=head))
     w = tree.get(params, name.path)
     wrapped = isinstance(w, Affine | Untied)
     return tree.replace(params, name.path, dataclasses.replace(w, base=weight) if wrapped else weight)

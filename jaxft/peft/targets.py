@@ -147,15 +147,18 @@ def pattern_values(modules: Sequence[str], pattern: dict[str, float], default: f
     return np.array([value(m) for m in modules])
 
 
-def describe(chosen: dict[str, np.ndarray], names: Names, num_layers: int) -> tuple[list[str], list[int] | None]:
+def describe(
+    chosen: dict[str, np.ndarray], names: Names, num_layers: int, by_index: bool = True
+) -> tuple[list[str], list[int] | None]:
     """The shortest (target_modules, layers_to_transform) with which peft selects exactly ``chosen``.
 
-    ``chosen``: by path, the layers adapted (bool[L] or bool[])."""
+    ``chosen``: by path, the layers adapted (bool[L] or bool[]). ``by_index``: whether the method's config can choose
+    layers; otherwise modules are listed by their full names."""
     rows = [name for name in names if name.path in chosen]
     full = sorted(m for n in rows for m in adapted(n, num_layers, chosen[n.path]))
     stacked = [tuple(chosen[n.path]) for n in rows if n.stacked]
     layers = None if all(all(hits) for hits in stacked) else [i for i, hit in enumerate(stacked[0]) if hit]
-    if len(set(stacked)) > 1 or (layers is not None and len(stacked) < len(rows)):
+    if len(set(stacked)) > 1 or (layers is not None and (len(stacked) < len(rows) or not by_index)):
         return full, None
     endings = sorted({ending(name, names) for name in rows})
     found = find(names, num_layers, tuple(endings), layers=layers)

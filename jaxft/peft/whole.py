@@ -28,7 +28,7 @@ def wrap(params: tree.Params, name: Name, tied: bool) -> tree.Params:
     """Trains the weight (and bias) of one row, or the vectors of a norm."""
     if places.is_tied_head(params, name):
         follows = tied and isinstance(places.get(params, _TOKENS), InPlace)
-        return params if follows else places.wrap(params, name, lambda w: in_place(w, True))
+        return params if follows else places.wrap_head(params, lambda w: in_place(w, True))
     old = tree.get(params, name.path)
     if name.kind == "norm":
         return tree.replace(params, name.path, {field: in_place(vector) for field, vector in old.items()})

@@ -100,6 +100,7 @@ def make(
     trainable: tree.Params,
     total_steps: int,
     default_lr: float = 2e-4,
+    factors: tree.Params | None = None,
     stacked: Stacked = leafwise.stacked,
 ) -> Optimizer:
     """The optimiser for a tree of trainable arrays (or their shapes). Refuses what it cannot do.
@@ -108,6 +109,7 @@ def make(
       trainable: the trainable part of the parameters, ``None`` elsewhere.
       total_steps: steps of the run, which the schedule spans.
       default_lr: the fine-tuning method's rate for AdamW, used where ``config.lr`` is not given.
+      factors: of the learning rate, for each trainable array, besides ``config.groups``.
       stacked: path -> number of leading axes that count layers.
     """
     kind = _check(config)
@@ -115,7 +117,8 @@ def make(
         _schedule(config), peak(config, default_lr), total_steps, _warmup(config, total_steps),
         config.min_lr_ratio, config.decay_ratio,
     )  # fmt: skip
-    factors = multipliers(config.groups, trainable)
+    groups = multipliers(config.groups, trainable)
+    factors = groups if factors is None else jax.tree.map(lambda g, f: g * f, groups, factors)
     head = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     body = [kind.direction(config, config.betas or kind.betas or (0.0, 0.0), stacked)]
     if config.weight_decay:

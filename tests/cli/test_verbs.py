@@ -192,7 +192,7 @@ def test_push_where_the_hub_does_not_answer(tmp_path, monkeypatch):
 def test_targets(tiny, adapter, tmp_path):
     assert target.find(str(tiny)).config.model.path == str(tiny) and target.find(str(tiny)).adapter is None
     assert target.find(str(adapter)) == target.Target(target.find(str(tiny)).config, adapter)
-    assert target.find("sft_full", ["model.path=x", "data.path=y"]).config.peft.name == "full"
+    assert target.find("sft_full", ["model.path=x", "data.path=y"]).config.peft[0].name == "full"
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}}}\n")
     with pytest.raises(ValueError, match="expected a run, an adapter, a model or a config before"):
         target.find("model.path=x")

@@ -8,8 +8,8 @@ import pytest
 from jaxft.core import tree
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, InPlace, NotMergeable, Split, Weight, static, trainable, weight
-from jaxft.peft import lora, whole
-from jaxft.peft.lora import LoRA
+from jaxft.peft import sites, whole
+from jaxft.peft.lora import LoRA, LoRAWeight
 
 L, D, F, V, R = 2, 4, 6, 8, 3
 NAMES = (
@@ -33,7 +33,7 @@ def plain() -> tree.Params:
 
 
 def with_lora(key) -> tree.Params:
-    return lora.adapt(plain(), NAMES, key, LoRA(rank=R, targets=("up_proj", "down_proj")))
+    return sites.adapt(plain(), NAMES, key, LoRA(rank=R, targets=("up_proj", "down_proj")))
 
 
 def shapes(params):
@@ -170,23 +170,24 @@ def test_count(key):
 
 def test_strip_gives_the_model_back(key):
     params = plain()
-    adapted = lora.adapt(params, NAMES, key, LoRA(rank=R, modules_to_save=("lm_head", "norm")))
+    adapted = sites.adapt(params, NAMES, key, LoRA(rank=R, modules_to_save=("lm_head", "norm")))
     bare = tree.strip(adapted)
     assert jax.tree.structure(bare) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(bare), jax.tree.leaves(params), strict=True))
 
 
 def test_merge_gives_plain_weights(key):
-    params = lora.adapt(plain(), NAMES, key, LoRA(rank=R, modules_to_save=("embed_tokens", "lm_head", "norm")))
+    params = sites.adapt(plain(), NAMES, key, LoRA(rank=R, modules_to_save=("embed_tokens", "lm_head", "norm")))
     assert isinstance(params["head"], InPlace) and isinstance(params["layers"]["norm"]["scale"], InPlace)
     assert shapes(tree.merge(params)) == BASE
-    assert not any(isinstance(w, lora.LoRAWeight | InPlace) for _, w in tree.paths(tree.merge(params), inside=False))
+    assert not any(isinstance(w, LoRAWeight | InPlace) for _, w in tree.paths(tree.merge(params), inside=False))
 
 
 @weight
 class OutputMap(Weight):
     """An adapter that is not a map on the weight."""
 
+    mergeable = False
     base: jax.Array
     bottleneck: jax.Array = trainable()
     width: int = static(default=1)
@@ -237,7 +238,7 @@ def test_split_and_stack_layers(key):
 def test_dropout_keys_reach_every_adapter(key):
     """A key for each path, layer and step; none where the rate is 0; `None` switches off."""
     config = LoRA(rank=R, targets=("up_proj", "down_proj"), dropout=0.5)
-    params = lora.adapt(with_lora(key), NAMES, key, config)  # a second adapter on top, with dropout
+    params = sites.adapt(with_lora(key), NAMES, key, config)  # a second adapter on top, with dropout
     keyed = tree.dropout_keys(params, jax.random.key(1))
     found = {p: leaf for p, leaf in tree.paths(keyed) if p.endswith("key")}
     assert {p: leaf.shape for p, leaf in found.items()} == {

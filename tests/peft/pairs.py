@@ -1,7 +1,6 @@
 """One tiny model twice: in `transformers`, to be adapted by peft, and ours."""
 
 import copy
-import dataclasses
 import functools
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from jaxft import peft as jaxft_peft
 from jaxft.checkpoint import hf as checkpoint
 from jaxft.core import tree
 from jaxft.models import decoder, heads
-from jaxft.peft import LoRA, LoRAWeight, hf
+from jaxft.peft import formats, hf, places
 from tests.models import tiny
 
 TOKENS = np.random.default_rng(0).integers(3, tiny.SIZES["vocab_size"], (2, 12)).astype(np.int32)
@@ -98,24 +97,31 @@ def torch_logits(adapted: Any, tokens_BT: np.ndarray = TOKENS) -> np.ndarray:
 
 
 def moved(params: tree.Params, key: jax.Array, size: float = 0.1) -> tree.Params:
-    """The parameters with every trained array off its initialisation; LoRA's padding stays 0, as in training."""
+    """The parameters with every trained array off its initialisation; padding stays as it is, as in training."""
 
     def nudge(path: tuple, leaf: jax.Array, hit: bool) -> jax.Array:
         mine = jax.random.fold_in(key, zlib.crc32(tree.join(path).encode()))
         return leaf + size * jax.random.normal(mine, leaf.shape, leaf.dtype) if hit else leaf
 
-    def unpadded(w: Any) -> Any:
-        if not isinstance(w, LoRAWeight):
-            return w
-        real = jnp.arange(w.a.shape[-1]) < w.rank[..., None]
-        return dataclasses.replace(w, a=w.a * real[..., None, :], b=w.b * real[..., None])
-
-    nudged = jax.tree_util.tree_map_with_path(nudge, params, tree.trainable_mask(params))
-    return jax.tree.map(unpadded, nudged, is_leaf=lambda w: isinstance(w, LoRAWeight))
+    return jax.tree_util.tree_map_with_path(nudge, params, tree.trainable_mask(params))
 
 
-def adapted(name: str, config: LoRA, key: jax.Array) -> tree.Params:
-    return moved(jaxft_peft.adapt(model(name), key, config), key)
+def adapted(name: str, config: Any, key: jax.Array) -> tree.Params:
+    """The model with a method on it, off its initialisation, as training could have left it."""
+    params = moved(jaxft_peft.adapt(model(name), key, config), key)
+    form = jaxft_peft.method_of(config).hf
+    for row in places.rows(ours(name).names):
+        w = None if row.kind == "norm" else places.get(params, row)
+        if form is not None and isinstance(w, form.leaf) and hasattr(w, "base"):
+            params = places.put(params, row, _unpadded(form, row, ours(name).config.num_layers, w))
+    return params
+
+
+def _unpadded(form: formats.Format, row: Any, num_layers: int, w: Any) -> Any:
+    """The leaf with zeros where nothing is stored."""
+    layers = formats.layers_of(row, num_layers, formats.host(w))
+    tensors = {f"{module}.{end}": array for module, layer in layers for end, array in form.write(layer).items()}
+    return formats.filled(form, "", tensors, row, num_layers, w)
 
 
 def load(name: str, directory: Path) -> tree.Params:

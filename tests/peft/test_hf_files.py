@@ -164,12 +164,12 @@ WRONG = {
     "missing module": (
         None,
         lambda t: {k: v for k, v in t.items() if "layers.0.self_attn.q" not in k},
-        "no factors of",
+        "no tensors of",
     ),
     "target too many": (
         {"target_modules": ["q_proj", "v_proj", "k_proj"]},
         None,
-        "no factors of model.layers.0.self_attn.k_proj",
+        "no tensors of model.layers.0.self_attn.k_proj",
     ),
     "target too few": ({"target_modules": ["v_proj"]}, None, "which target_modules does not select"),
     "unused tensor": (None, lambda t: t | {"base_model.model.extra.weight": t[Q]}, "unused tensors extra.weight"),

@@ -16,7 +16,7 @@ from jaxft.core import tree
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, InPlace
 from jaxft.models import decoder, heads
-from jaxft.peft import LoRA, disk, lora
+from jaxft.peft import LoRA, disk, lora, sites
 from tests.peft import pairs
 
 L, D, F = 3, 64, 48
@@ -27,7 +27,7 @@ def adapted(config: LoRA, seed: int = 0) -> lora.LoRAWeight:
     """LoRA on a stack [L, D, F] of random matrices."""
     w = jax.random.normal(jax.random.key(9), (L, D, F)) / 8
     params = {"layers": {"w": w}, "head": jnp.zeros((D, D))}
-    return lora.adapt(params, NAMES, jax.random.key(seed), config)["layers"]["w"]
+    return sites.adapt(params, NAMES, jax.random.key(seed), config)["layers"]["w"]
 
 
 def test_tree_of_shapes():
