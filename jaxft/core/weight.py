@@ -292,7 +292,7 @@ def _affine(w: Weight) -> tuple[jax.Array, jax.Array]:
         return jax.vmap(_affine, in_axes=(over,))(w)
     base: Any = w.base
     base = Affine(_float32(base.base), _float32(base.bias)) if isinstance(base, Affine) else _float32(base)
-    size = w.shape[0]
+    size = w.base.shape[-2]
     probe = jnp.eye(size + 1, size)  # the identity, and a row of zeros for the constant
     with jax.default_matmul_precision("highest"):
         rows = probe @ dataclasses.replace(w, base=base)  # type: ignore[type-var]
