@@ -28,7 +28,20 @@ MAY_IMPORT = {
     "rollout": ("core", "models", "data", "sharding", "objectives.terms"),
 }
 # files at the top of the package (and the command line) see every room; no room sees them
-TOP = {"__init__", "__main__", "cli", "config", "flax", "model", "plan", "recipes", "report", "run", "run_dir"}
+TOP = {
+    "__init__",
+    "__main__",
+    "cli",
+    "config",
+    "flax",
+    "model",
+    "plan",
+    "recipes",
+    "report",
+    "run",
+    "run_dir",
+    "testing",
+}
 
 # room -> third-party packages that must never be imported in it, at any depth of nesting
 FORBIDDEN = {

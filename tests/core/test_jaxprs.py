@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tests.core import jaxprs
+from jaxft.testing import jaxprs
 
 IN, OUT, R = 10, 14, 3
 

@@ -14,7 +14,7 @@ import transformers
 from jaxft.checkpoint import hf
 from jaxft.core import tree
 from jaxft.models import cache, decoder, heads
-from tests.core import jaxprs
+from jaxft.testing import jaxprs
 from tests.models import tiny
 
 LENGTH = 24
