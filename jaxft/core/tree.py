@@ -116,9 +116,12 @@ def strip(params: Params) -> Params:
             return w.base.base
         return w.base if isinstance(w, weights.Untied) and w.head is w.base else w
 
-    if isinstance(params, dict):
-        params = {name: part for name, part in params.items() if not isinstance(part, Slot)}
-    return jax.tree.map(bare, params, is_leaf=is_weight)
+    def without_slots(part: Params) -> Params:
+        if not isinstance(part, dict):
+            return part
+        return {name: without_slots(p) for name, p in part.items() if not isinstance(p, Slot)}
+
+    return jax.tree.map(bare, without_slots(params), is_leaf=is_weight)
 
 
 def merge(params: Params) -> Params:

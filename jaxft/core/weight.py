@@ -110,9 +110,7 @@ class Weight:
 
     def merged(self) -> Any:
         """The plain weight equal to this adapter on its base; raises NotMergeable where there is none."""
-        if not self.mergeable:
-            raise NotMergeable(f"{type(self).__name__} is not a map on the weight: it cannot be merged")
-        if isinstance(self.base, Affine):
+        if isinstance(_mergeable(self).base, Affine):
             matrix, constant = _affine(self)
             return Affine(matrix.astype(self.dtype), constant.astype(self.base.bias.dtype))
         return self.dense()
@@ -285,9 +283,16 @@ def _dense(w: Any) -> jax.Array:
     return w.dense() if isinstance(w, Weight) else w
 
 
+def _mergeable(w: Weight) -> Weight:
+    """The weight itself. Raises NotMergeable if it is no matrix plus a constant."""
+    if not w.mergeable:
+        raise NotMergeable(f"{type(w).__name__} is not a map on the weight: it cannot be merged")
+    return w
+
+
 def _affine(w: Weight) -> tuple[jax.Array, jax.Array]:
     """The matrix and the constant of the map ``x @ w``, float32, layer by layer."""
-    if len(w.shape) > 2:
+    if len(_mergeable(w).shape) > 2:
         over = jax.tree.map(lambda a: None if isinstance(a, Shared) else 0, w, is_leaf=lambda a: isinstance(a, Shared))
         return jax.vmap(_affine, in_axes=(over,))(w)
     base: Any = w.base

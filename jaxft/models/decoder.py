@@ -201,13 +201,19 @@ def _layer(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cac
     with jax.named_scope("attention"):
         a_BTD, cached = _attend(context, kind, p["attn"], before("attn_norm", x_BTD), cached, i)
         a_BTD = after("attn_post_norm", a_BTD)
-    if config.parallel_residual:
-        return x_BTD + a_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD))), cached
-    x_BTD = checkpoint_name(x_BTD + a_BTD, "mid")
+    mid_BTD = x_BTD + a_BTD
+    if not config.parallel_residual:
+        x_BTD = mid_BTD = checkpoint_name(mid_BTD, "mid")
     with jax.named_scope("mlp"):
-        return _rows(
-            context.execution, x_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD)))
-        ), cached
+        y_BTD = mid_BTD + after("mlp_post_norm", mlp(config, p["mlp"], before("mlp_norm", x_BTD)))
+        return _rows(context.execution, _adapters(p, mid_BTD, y_BTD)), cached
+
+
+def _adapters(p: tree.Params, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+    """The stream after a layer with what bottleneck adapters add: one reads it before the feed-forward, one after."""
+    if "parallel_adapter" in p:
+        y_BTD = y_BTD + x_BTD @ p["parallel_adapter"]
+    return y_BTD + y_BTD @ p["adapter"] if "adapter" in p else y_BTD
 
 
 def _attend(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cached: Cache | None, i: Any):

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from jaxft.core import tree
-from jaxft.peft import full, lora, lora_hf, sites
+from jaxft.peft import bottleneck, full, lora, lora_hf, sites
+from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
 from jaxft.peft.formats import Format
 from jaxft.peft.full import Full
 from jaxft.peft.lora import LoRA, LoRAWeight
@@ -38,6 +39,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "full": Method(full.Full, lr=2e-5, adapt=full.adapt, select=lambda config: config.select),
     "lora": Method(lora.LoRA, lr=2e-4, hf=lora_hf.FORMAT),
+    "houlsby": Method(bottleneck.Houlsby, lr=3e-4),
+    "pfeiffer": Method(bottleneck.Pfeiffer, lr=3e-4, adapt=bottleneck.adapt),
+    "parallel": Method(bottleneck.Parallel, lr=3e-4, adapt=bottleneck.adapt),
 }
 
 
@@ -85,4 +89,18 @@ def _trained(params: tree.Params, select: str | None) -> list[jax.Array]:
     return jax.tree.leaves(tree.partition(params, mask)[0])
 
 
-__all__ = ["METHODS", "Format", "Full", "LoRA", "LoRAWeight", "Method", "Site", "Targeted", "adapt", "method_of"]
+__all__ = [
+    "METHODS",
+    "Format",
+    "Full",
+    "Houlsby",
+    "LoRA",
+    "LoRAWeight",
+    "Method",
+    "Parallel",
+    "Pfeiffer",
+    "Site",
+    "Targeted",
+    "adapt",
+    "method_of",
+]

@@ -26,6 +26,7 @@ LOGICAL: tuple[tuple[str, Axes], ...] = (
     (r"^layers/attn/o$", ("layers", "heads", "embed")),
     (r"^layers/mlp/(gate|up|gate_up)$", ("layers", "embed", "mlp")),
     (r"^layers/mlp/down$", ("layers", "mlp", "embed")),
+    (r"^layers/(adapter|parallel_adapter)$", ("layers", "embed", "embed")),
     (r"norm/(scale|bias)$", ()),
 )
 """Logical axes of the dense weight at each path; vectors of a norm are replicated."""
