@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxft.core.align import stack_adapters as stack_adapters
+    from jaxft.core.align import swap as swap
+    from jaxft.core.many import for_rows as for_rows
     from jaxft.core.tree import combine as combine
     from jaxft.core.tree import merge as merge
     from jaxft.core.tree import partition as partition
@@ -24,9 +27,12 @@ if TYPE_CHECKING:
 # public name -> the module that holds it
 _NAMES = {
     "combine": "jaxft.core.tree",
+    "for_rows": "jaxft.core.many",
     "merge": "jaxft.core.tree",
     "partition": "jaxft.core.tree",
+    "stack_adapters": "jaxft.core.align",
     "strip": "jaxft.core.tree",
+    "swap": "jaxft.core.align",
     "trainable_mask": "jaxft.core.tree",
     "Model": "jaxft.model",
     "load": "jaxft.model",

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxft.checkpoint import hf, hub, tokenizer, writer
 from jaxft.checkpoint.reader import Place
-from jaxft.core import tree
+from jaxft.core import many, tree
 from jaxft.core.names import Names
 from jaxft.models import families, init
 from jaxft.models.config import ModelConfig
@@ -65,12 +65,16 @@ class Model:
         """Token ids that end a completion."""
         return generate.ends_of(self.raw, self.generation, self.tokenizer)
 
-    def logprobs(self, params: tree.Params, tokens_BT: Any, segments_BT: Any = None) -> jax.Array:
+    def logprobs(
+        self, params: tree.Params, tokens_BT: Any, segments_BT: Any = None, *, adapters: Sequence[int] | None = None
+    ) -> jax.Array:
         """float32[B, T-1]: log p(token t+1 | tokens up to t), in nats.
 
         ``tokens`` int32[B, T], rows of one document each, padded on the right with any id (what is returned for padding
         means nothing). ``segments`` int32[B, T] allows any padding (0) and several documents a row (from 1): 0 is
-        returned where the next token is padding or starts a document."""
+        returned where the next token is padding or starts a document. ``adapters``: of stacked adapters
+        (`stack_adapters`), the one that each row uses; -1 is the base."""
+        params = params if adapters is None else many.for_rows(params, adapters)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
         segments_BT = None if segments_BT is None else jnp.asarray(segments_BT, jnp.int32)
         return _logprobs(self.config, params, tokens_BT, segments_BT)
@@ -85,14 +89,17 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        adapters: Sequence[int] | None = None,
     ) -> list[str]:
         """One completion for each prompt: a text to be continued, or a chat's messages to be answered.
 
-        ``temperature`` 0 is greedy. The same seed gives the same texts. Raises ValueError without a tokenizer."""
+        ``temperature`` 0 is greedy. The same seed gives the same texts. ``adapters``: of stacked adapters
+        (`stack_adapters`), the one that each prompt uses; -1 is the base. Raises ValueError without a tokenizer."""
         if isinstance(prompts, str):
             raise TypeError(f"prompts: got one string; expected a list of them, such as [{prompts[:20]!r}]")
         settings = GenerateConfig(max_new_tokens, temperature, top_k, top_p, seed)
-        made = generate.generate(self.config, params, [self._encode(p) for p in prompts], settings, self.ends)
+        rows = [self._encode(p) for p in prompts]
+        made = generate.generate(self.config, params, rows, settings, self.ends, adapters=adapters)
         return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made]
 
     def _encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:

@@ -83,6 +83,10 @@ class Weight:
         """bool[*stack]: the layers that the adapter changes."""
         return jnp.asarray(self.gate) > 0
 
+    def off(self) -> "Weight":
+        """The same adapter doing nothing in any layer."""
+        return dataclasses.replace(self, gate=jnp.zeros_like(self.gate))  # type: ignore[type-var]
+
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """``x``: [..., in] -> [..., out], in the dtype of ``x``."""
         raise NotImplementedError
@@ -181,6 +185,9 @@ class InPlace(Weight):
     def __rmatmul__(self, x):
         return x @ jax.tree.map(lambda v: v.astype(x.dtype), self.value)
 
+    def off(self):
+        return dataclasses.replace(self, value=jax.tree.map(lambda v: v.astype(jnp.float32), plain(self.base)))
+
     def take(self, ids):
         return self.value[ids].astype(self.dtype)
 
@@ -277,6 +284,11 @@ class Slot(Weight):
     @property
     def dtype(self) -> Any:
         return jnp.dtype(jnp.float32)
+
+
+def plain(w: Any) -> Any:
+    """A weight without compression: an array, or an Affine of arrays."""
+    return Affine(_dense(w.base), w.bias) if isinstance(w, Affine) else _dense(w)
 
 
 def _dense(w: Any) -> jax.Array:

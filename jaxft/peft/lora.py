@@ -91,6 +91,9 @@ class LoRAWeight(Weight):
     def adapted(self):
         return self.rank > 0
 
+    def off(self):
+        return dataclasses.replace(self, scale=jnp.zeros_like(self.scale), rank=jnp.zeros_like(self.rank))
+
     def _delta(self, x: jax.Array) -> jax.Array:
         """``scale * (x @ a) @ b`` in the dtype of x; the scale is applied at rank width, where it is cheap."""
         scale = self.scale[..., None, None].astype(x.dtype) if self.scale.ndim else self.scale.astype(x.dtype)

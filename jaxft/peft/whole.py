@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.core import tree, verbs
+from jaxft.core import tree
 from jaxft.core.names import Name, Names
-from jaxft.core.weight import Affine, InPlace, Untied
+from jaxft.core.weight import InPlace, Untied, plain
 from jaxft.peft import places, targets
 
 
@@ -55,15 +55,10 @@ def wrap_bias(params: tree.Params, name: Name) -> tree.Params:
 
 def in_place(w: Any, tied: bool | None = None) -> InPlace:
     """The weight trained whole, in float32, beside its frozen original."""
-    return InPlace(base=w, value=jax.tree.map(_copy, _plain(w)), tied=tied)
+    return InPlace(base=w, value=jax.tree.map(_copy, plain(w)), tied=tied)
 
 
 _TOKENS = Name(places.TOKENS, "", "embedding")
-
-
-def _plain(w: Any) -> Any:
-    """The weight without compression: an array, or an Affine of arrays."""
-    return Affine(verbs.dense(w.base), w.bias) if isinstance(w, Affine) else verbs.dense(w)
 
 
 def _copy(x: jax.Array) -> jax.Array:

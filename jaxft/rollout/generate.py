@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.core import tree
+from jaxft.core import many, tree
 from jaxft.models import cache as cache_
 from jaxft.models import decoder, heads
 from jaxft.models.cache import Cache
@@ -88,19 +88,24 @@ def generate(
     end: Sequence[int],
     *,
     execution: Execution = decoder.DEFAULT,
+    adapters: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """Completions of tokenised prompts, in order. ``end``: token ids that end a completion.
+    """Completions of tokenised prompts, in order. ``end``: token ids that end a completion. ``adapters``: of stacked
+    adapters (`core.many`), the one that each prompt uses.
 
     Raises ValueError for an empty prompt, and for one that leaves no room within the model's positions (learned)."""
     _check(config, prompts, settings)
+    if adapters is not None and len(adapters) != len(prompts):
+        raise ValueError(f"generate: got {len(adapters)} adapters for {len(prompts)} prompts; expected one for each")
     out: list[Completion] = []
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), settings.batch):
         chosen = order[start : start + settings.batch]
-        rows = [prompts[i] for i in chosen]
-        rows += [rows[-1]] * (min(settings.batch, len(prompts)) - len(rows))  # one compiled batch size
+        full = chosen + chosen[-1:] * (min(settings.batch, len(prompts)) - len(chosen))  # one compiled batch size
+        rows = [prompts[i] for i in full]
+        model = params if adapters is None else many.for_rows(params, [adapters[i] for i in full])
         key = jax.random.fold_in(jax.random.key(settings.seed), start)
-        out += zip(chosen, _batch(config, params, rows, settings, end, execution, key), strict=False)  # type: ignore[arg-type]
+        out += zip(chosen, _batch(config, model, rows, settings, end, execution, key), strict=False)  # type: ignore[arg-type]
     return [completion for _, completion in sorted(out, key=lambda pair: pair[0])]  # type: ignore[misc]
 
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.core import tree, verbs
+from jaxft.core import align, many, tree, verbs
 from jaxft.core import weight as weights
 from jaxft.core.weight import Shared, Weight
 from jaxft.testing import jaxprs
 from jaxft.testing.claims import Broken, require, same
-from jaxft.testing.subject import F32, LAYERS, Subject, split
+from jaxft.testing.subject import F32, LAYERS, Subject, split, trained
 
 
 def scanned(x: jax.Array, w: Any, remat: bool = False) -> jax.Array:
@@ -95,6 +95,27 @@ def many_adapters_are_one_vmap(s: Subject) -> None:
         for v in eqn.outvars:
             copied = v.aval.shape == (n, *s.sizes) and v.aval.shape not in given
             require(not copied or s.row.dense_gradient, f"the base is copied for each adapter: {eqn}")
+
+
+def rows_of_a_batch_meet_their_own_adapter(s: Subject) -> None:
+    """Two adapters and none at work in one batch: each row is what it would be with its own, alone."""
+    if not s.trains:
+        return
+    members = align.align([s.stack, trained(s.fresh, jax.random.key(8)), align.off(s.stack)])
+    each, common, _ = align.split(members)
+    stacked = many.wrap({"layers": {"w": each}}, {"layers": {"w": common}}, len(members))
+    ids = (1, 0, -1, 1)
+    w = many.for_rows(stacked, ids)["layers"]["w"][1]
+    x = jax.random.normal(s.key, (len(ids), 3, s.sizes[0]))
+    uses: list[tuple[Callable, jax.Array]] = [(lambda w, x: x @ w, x)]
+    if s.row.embedding:
+        rows = jnp.arange(3 * len(ids)).reshape(-1, 3) % s.sizes[0]
+        uses += [(verbs.take, rows), (verbs.unembed, jax.random.normal(s.key, (len(ids), 3, s.sizes[1])))]
+    for use, given in uses:
+        got = jax.jit(use)(w, given)
+        for i, member in enumerate(ids):
+            same(got[i], use(members[member][1], given[i]), f"row {i} of a batch of adapters and its own adapter alone")
+        same(got[2], use(tree.strip(s.stack)[1], given[2]), "a row whose adapter is off and the stripped weight")
 
 
 def eval_shape(s: Subject) -> None:
@@ -230,6 +251,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     jit_scan_remat_and_indexing_agree,
     split_layers_equal_stacked,
     many_adapters_are_one_vmap,
+    rows_of_a_batch_meet_their_own_adapter,
     eval_shape,
     partition_round_trip,
     flatten_and_unflatten_keep_paths,
