@@ -37,15 +37,24 @@ def make_score(
     (arXiv:2310.05914).
     """
 
+    forward = make_forward(config, needs, dtype=dtype, execution=execution)
+
     def score(view: str, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> dict[str, jax.Array]:
         del view  # every view of one model is scored alike
+        params = tree.dropout_keys(params, dropout_key(key))
+        return forward(params, batch, noise(config, neftune_alpha, batch, key))
+
+    return score
+
+
+def make_forward(
+    config: ModelConfig, needs: tuple[str, ...], *, dtype: Any, execution: Execution
+) -> Callable[[tree.Params, Batch, jax.Array | None], dict[str, jax.Array]]:
+    """``forward(params, batch, noise_BTD) -> {need: float32[B, T]}``: `make_score` with all that is random drawn."""
+
+    def forward(params: tree.Params, batch: Batch, noise_BTD: jax.Array | None) -> dict[str, jax.Array]:
         tokens_BT, segments_BT = batch["tokens"], batch.get("segments")
-        mine = None if key is None else jax.random.fold_in(key, zlib.crc32(b"dropout"))
-        params = tree.cast(tree.dropout_keys(params, mine), dtype)
-        noise_BTD = None
-        if key is not None and neftune_alpha > 0.0:
-            lengths_BT = document_lengths(tokens_BT, batch.get("positions"), segments_BT)
-            noise_BTD = neftune(key, neftune_alpha, lengths_BT, config.hidden_size)
+        params = tree.cast(params, dtype)
         hidden_BTD, _, _ = decoder.forward(
             config,
             params,
@@ -61,7 +70,20 @@ def make_score(
         follows_BT = follows(tokens_BT, segments_BT)
         return {name: jnp.where(follows_BT, jnp.roll(value, 1, axis=1), 0.0) for name, value in out.items()}
 
-    return score
+    return forward
+
+
+def dropout_key(key: jax.Array | None) -> jax.Array | None:
+    """The key of a step's dropout, from the key of the step; None is evaluation."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(b"dropout"))
+
+
+def noise(config: ModelConfig, alpha: float, batch: Batch, key: jax.Array | None) -> jax.Array | None:
+    """A step's NEFTune noise [B, T, D]; None in evaluation, and for an ``alpha`` of 0."""
+    if key is None or alpha == 0.0:
+        return None
+    lengths_BT = document_lengths(batch["tokens"], batch.get("positions"), batch.get("segments"))
+    return neftune(key, alpha, lengths_BT, config.hidden_size)
 
 
 def follows(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

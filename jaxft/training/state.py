@@ -45,6 +45,7 @@ def create(
 
     Args:
       trainable: floating arrays and ``None`` holes; cast to float32.
+      key: one, or [members]: the states of several runs, stacked (`sweep`).
       reference: keep a copy of the start, for an objective with a ``reference`` view.
       shardings: a state of shardings (see `shardings`), or None for the default device.
     """
@@ -55,7 +56,9 @@ def create(
     def init(trainable, key, carry, method_state):
         values = jax.tree.map(lambda a: a.astype(jnp.float32), trainable)
         start = values if reference else None
-        return TrainState(jnp.int32(0), values, start, optimizer.init(values), carry, method_state, key)
+        return TrainState(
+            jnp.zeros(key.shape, jnp.int32), values, start, optimizer.init(values), carry, method_state, key
+        )
 
     return jax.jit(init, out_shardings=shardings)(trainable, key, dict(carry or {}), method_state)
 

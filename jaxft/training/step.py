@@ -4,8 +4,13 @@ Unusual: a term's weight is summed over all micro-batches *before* any gradient 
 the whole batch with scores of zeros (XLA removes all but the weights). Each micro-batch then contributes the gradient
 of ``sum over terms of total / weight of the whole batch``, so accumulation changes nothing but memory. A loss or
 gradient that is not finite leaves the state as it was, inside the compiled step; only the step counter moves on.
+
+Several runs can be one step (`sweep`): their states stacked on a leading axis. Only the score, which then is of all
+members, knows of it; whatever is written for one member goes through ``each``, which maps it over them.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +25,9 @@ from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
+Each = Callable[[Callable], Callable]
+"""Maps a function of one member's arrays over members; the function itself where there is one run."""
+Step = Callable[[TrainState, tree.Params, Batch], tuple[TrainState, Metrics]]
 
 
 class Score(Protocol):
@@ -41,39 +49,25 @@ class Shardings(NamedTuple):
     """For arrays [accumulate, rows, T]: rows over the data axes."""
 
 
+def alone(fn: Callable) -> Callable:
+    """`Each` of a single run."""
+    return fn
+
+
 def make_step(
     objective: Objective, config: Any, score: Score, optimizer: Optimizer, shardings: Shardings | None = None
-) -> Callable[[TrainState, tree.Params, Batch], tuple[TrainState, Metrics]]:
+) -> Step:
     """Builds the training step.
 
     The result takes ``batch`` arrays [accumulate, rows, T], donates ``state``, and returns scalars on the device:
     ``loss``, each metric of the objective, each term as ``loss/<term>`` where there are several, ``grad_norm`` (before
     clipping), ``learning_rate``, ``tokens`` (those that are not padding), ``skipped`` (0 or 1).
     """
+    return compiled(body(objective, config, score, optimizer), shardings)
 
-    def step(state: TrainState, frozen: tree.Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        weights = _weights(objective, config, score, state, frozen, batch)
-        key = jax.random.fold_in(state.key, state.step)
 
-        def loss_fn(trainable, micro, key):
-            scores = _scores(objective, score, trainable, state.start, frozen, micro, key)
-            losses, metrics = objective.fn(config, scores, micro, state.carry)
-            loss = sum((terms.divide(m.total, weights[name]) for name, m in losses.items()), jnp.float32(0))
-            return loss, (losses, metrics)
-
-        grads, (losses, means) = _accumulate(loss_fn, state.trainable, batch, key)
-        metrics = _metrics(losses, means, weights)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        metrics["learning_rate"] = optimizer.learning_rate(state.step)
-        metrics["tokens"] = _tokens(batch)
-        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        metrics["skipped"] = 1 - fine.astype(jnp.int32)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, state.step)
-        trainable = optax.apply_updates(state.trainable, updates)
-        new, old = (trainable, opt_state), (state.trainable, state.opt_state)
-        trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
-        return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
-
+def compiled(step: Step, shardings: Shardings | None = None) -> Step:
+    """The jitted step, which donates its state."""
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(
@@ -82,12 +76,53 @@ def make_step(
     )  # fmt: skip
 
 
+def body(objective: Objective, config: Any, score: Score, optimizer: Optimizer, each: Each = alone) -> Step:
+    """`make_step`, not compiled. With ``each`` all metrics and the state's arrays are [members, ...], the batch's are
+    [accumulate, members, rows, T], and ``score`` and ``optimizer`` are those of all members."""
+    objective = dataclasses.replace(objective, fn=_mapped(objective.fn, each))
+
+    def step(state: TrainState, frozen: tree.Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        weights = _weights(objective, config, score, state, frozen, batch)
+        key = each(jax.random.fold_in)(state.key, state.step)
+
+        def loss_fn(trainable, micro, key):
+            scores = _scores(objective, score, trainable, state.start, frozen, micro, key)
+            losses, metrics = objective.fn(config, scores, micro, state.carry)
+            loss = sum((terms.divide(m.total, weights[name]) for name, m in losses.items()), jnp.float32(0))
+            return jnp.sum(loss), (losses, metrics)  # members share nothing that trains: each has its own gradient
+
+        grads, (losses, means) = _accumulate(loss_fn, state.trainable, batch, key, each)
+        metrics = _metrics(losses, means, weights)
+        metrics["grad_norm"] = each(optax.tree.norm)(grads)
+        metrics["learning_rate"] = optimizer.learning_rate(state.step)
+        metrics["tokens"] = _tokens(batch)
+        fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        metrics["skipped"] = 1 - fine.astype(jnp.int32)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, state.step)
+        trainable = optax.apply_updates(state.trainable, updates)
+        new, old = (trainable, opt_state), (state.trainable, state.opt_state)
+        trainable, opt_state = each(_chosen)(fine, new, old)
+        return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    return step
+
+
+def _chosen(fine: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, old)
+
+
+def _mapped(fn: Callable, each: Each) -> Callable:
+    """An objective's function with everything but its settings mapped over members."""
+    return lambda config, *arrays: each(functools.partial(fn, config))(*arrays)
+
+
 def make_eval_step(
-    objective: Objective, config: Any, score: Score
+    objective: Objective, config: Any, score: Score, each: Each = alone
 ) -> Callable[[tree.Params, tree.Params | None, tree.Params, Batch], Means]:
     """Builds ``(trainable, start, frozen, batch [accumulate, rows, T]) -> sums`` of each metric and term.
 
-    No dropout, no noise, no gradient. A term ``name`` is summed as ``loss/name``."""
+    No dropout, no noise, no gradient. A term ``name`` is summed as ``loss/name``. For ``each`` see `body`."""
+    objective = dataclasses.replace(objective, fn=_mapped(objective.fn, each))
 
     def step(trainable: tree.Params, start: tree.Params | None, frozen: tree.Params, batch: Batch) -> Means:
         def one(micro: Batch) -> Means:
@@ -130,19 +165,20 @@ def _weights(
         return {name: mean.weight for name, mean in losses.items()}
 
     per_micro = jax.vmap(one)(batch)
-    return {name: jnp.sum(weight) for name, weight in per_micro.items()}
+    return {name: jnp.sum(weight, axis=0) for name, weight in per_micro.items()}
 
 
-def _accumulate(loss_fn: Any, trainable: tree.Params, batch: Batch, key: jax.Array) -> Any:
+def _accumulate(loss_fn: Any, trainable: tree.Params, batch: Batch, key: jax.Array, each: Each) -> Any:
     """Sums gradients (float32) and the objective's sums over micro-batches, one after the other."""
     value = jax.grad(loss_fn, has_aux=True)
+    fold = lambda index: each(lambda k: jax.random.fold_in(k, index))(key)  # noqa: E731
     count = jax.tree.leaves(batch)[0].shape[0]
     if count == 1:
-        return value(trainable, jax.tree.map(lambda a: a[0], batch), jax.random.fold_in(key, 0))
+        return value(trainable, jax.tree.map(lambda a: a[0], batch), fold(0))
 
     def body(grads, indexed):
         index, micro = indexed
-        more, sums = value(trainable, micro, jax.random.fold_in(key, index))
+        more, sums = value(trainable, micro, fold(index))
         return jax.tree.map(jnp.add, grads, more), sums
 
     grads, sums = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trainable), (jnp.arange(count), batch))
