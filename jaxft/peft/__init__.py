@@ -11,12 +11,13 @@ from typing import Any
 import jax
 
 from jaxft.core import tree
-from jaxft.peft import bottleneck, full, lora, lora_hf, sites
+from jaxft.peft import bottleneck, full, lora, lora_hf, sites, vera
 from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
 from jaxft.peft.formats import Format
 from jaxft.peft.full import Full
 from jaxft.peft.lora import LoRA, LoRAWeight
 from jaxft.peft.sites import Site, Targeted
+from jaxft.peft.vera import VeRA
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ METHODS: dict[str, Method] = {
     "houlsby": Method(bottleneck.Houlsby, lr=3e-4),
     "pfeiffer": Method(bottleneck.Pfeiffer, lr=3e-4, adapt=bottleneck.adapt),
     "parallel": Method(bottleneck.Parallel, lr=3e-4, adapt=bottleneck.adapt),
+    "vera": Method(vera.VeRA, lr=4e-3, hf=vera.FORMAT),
 }
 
 
@@ -101,6 +103,7 @@ __all__ = [
     "Pfeiffer",
     "Site",
     "Targeted",
+    "VeRA",
     "adapt",
     "method_of",
 ]

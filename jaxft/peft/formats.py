@@ -58,6 +58,13 @@ class Format:
     """Tensors that are stored once, from all leaves by path; a name that begins with / is the whole name."""
     prepare: Callable[[object, Fields, Tensors, tree.Params], Fields] = lambda where, config, tensors, params: config
     """Looks at everything first: may take tensors out, and add to the fields what `config` needs of them."""
+    shared: Callable[[object, Fields, Tensors, list[tuple[int, int]]], Any] = lambda where, config, tensors, shapes: (
+        None
+    )
+    """What all modules have in common (`Site.shared`), from tensors that are stored once, which it takes out; last the
+    (in, out) of each adapted row."""
+    biases: bool = True
+    """Whether peft can train biases beside it."""
 
 
 def export(
@@ -101,18 +108,22 @@ def restore(
     config = form.prepare(where, config, tensors, params)
     settings = form.config(config)
     key = jax.random.key(0)  # what is drawn is replaced
-    used: set[str] = set()
-    for name in names:
-        modules = name.modules(num_layers)
-        held = np.array([any(f"{m}.{end}" in tensors for end in form.suffixes) for m in modules])
-        if name.kind == "norm" or not held.any():
-            continue
-        used.update(m for m, hit in zip(modules, held, strict=True) if hit)
-        params = sites.wrap(params, settings, name, held if name.stacked else held[0], key)
+    chosen = {
+        name: held for name in names if name.kind != "norm" and (held := _held(form, tensors, name, num_layers)).any()
+    }
+    used = {m for name, held in chosen.items() for m in targets.adapted(name, num_layers, held)}
+    shared = form.shared(where, config, tensors, [places.sizes(params, name) for name in chosen])
+    for name, held in chosen.items():
+        params = sites.wrap(params, settings, name, held if name.stacked else held[0], key, shared=shared)
         made = places.get(params, name)
         params = places.put(params, name, filled(form, where, tensors, name, num_layers, made))
     _refuse_other_targets(where, config, names, num_layers, used)
     return params
+
+
+def _held(form: Format, tensors: Tensors, name: Name, num_layers: int) -> np.ndarray:
+    """bool[layers]: the modules of a row that have tensors."""
+    return np.array([any(f"{m}.{end}" in tensors for end in form.suffixes) for m in name.modules(num_layers)])
 
 
 def filled(form: Format, where: object, tensors: Tensors, name: Name, num_layers: int, made: Any) -> Any:
@@ -120,9 +131,7 @@ def filled(form: Format, where: object, tensors: Tensors, name: Name, num_layers
     whole = host(made)
     arrays = {n: np.array(v) for n, v in _arrays(whole).items() if isinstance(v, np.ndarray)}
     for module, layer in layers_of(name, num_layers, whole):
-        stored = {
-            end: _take(where, tensors, f"{module}.{end}", array.shape) for end, array in form.write(layer).items()
-        }
+        stored = {end: take(where, tensors, f"{module}.{end}", array.shape) for end, array in form.write(layer).items()}
         new = form.read(layer, stored)
         at = name.modules(num_layers).index(module) if name.stacked else ...
         for field_name, array in arrays.items():
@@ -130,7 +139,8 @@ def filled(form: Format, where: object, tensors: Tensors, name: Name, num_layers
     return dataclasses.replace(made, **{n: jnp.asarray(a) for n, a in arrays.items()})
 
 
-def _take(where: object, tensors: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
+def take(where: object, tensors: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Takes a tensor out, float32 unless of integers. Raises AdapterError for none, or one of another shape."""
     if key not in tensors:
         expected = "all tensors of every adapted module"
         raise AdapterError(where, f"no tensor {key}", expected, "It was not saved whole.")
@@ -139,6 +149,15 @@ def _take(where: object, tensors: Tensors, key: str, shape: tuple[int, ...]) -> 
         remedy = "The adapter was made for another model, or its config gives other sizes."
         raise AdapterError(f"{where}: {key}", f"shape {list(array.shape)}", f"{list(shape)}", remedy)
     return array if array.dtype.kind in "iu" else array.astype(np.float32)
+
+
+def in_common(found: Mapping[str, Any], *fields: str) -> list[np.ndarray]:
+    """The `Shared` fields that all leaves hold. Raises AdapterError where they hold several."""
+    leaves = [[getattr(w, name).value for name in fields] for w in found.values()]
+    if any(not np.array_equal(a, b) for other in leaves[1:] for a, b in zip(leaves[0], other, strict=True)):
+        got = "adapters that do not share their frozen matrices"
+        raise AdapterError(disk.some(list(found)), got, "one adapter of all these modules", "Save each one on its own.")
+    return leaves[0]
 
 
 def host(w: Any) -> Any:

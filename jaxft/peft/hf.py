@@ -69,6 +69,9 @@ def save_adapter(
     for fields, more in parts:
         config |= fields
         tensors |= more
+    if not form.biases and config.pop("bias") != "none":
+        remedy = f"peft's {form.peft_type} has no such setting: merge, and save the whole model with jaxft.save_hf."
+        raise AdapterError(target, "trained biases", "an adapter alone", remedy)
     config |= {
         "peft_type": form.peft_type,
         "task_type": task_type,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.core import verbs
+from jaxft.core import products, verbs
 from jaxft.core.weight import Untied, Weight, parameter, static, trainable, weight
 from jaxft.peft.sites import Site, Targeted
 
@@ -103,10 +103,7 @@ class LoRAWeight(Weight):
 
     def _dropped(self, x: jax.Array) -> jax.Array:
         """The adapter's own input: features dropped while training, the same as ``x`` in evaluation."""
-        if self.key is None or self.rate == 0.0:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, x.shape)
-        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+        return products.dropped(x, self.key, self.rate)
 
     def __rmatmul__(self, x):
         return x @ self.base + self._delta(self._dropped(x))

@@ -48,6 +48,15 @@ def get(params: tree.Params, name: Name) -> Any:
     return w.base if isinstance(w, Affine | Untied) else w
 
 
+def sizes(params: tree.Params, name: Name) -> tuple[int, int]:
+    """(in, out) of one layer of a row's weight."""
+    if is_tied_head(params, name):
+        vocab, features = tree.get(params, TOKENS).shape
+        return features, vocab
+    rows, columns = tree.get(params, name.path).shape[-2:]
+    return rows, columns
+
+
 def wrap(params: tree.Params, name: Name, fn: Callable[[Any], Any], outside: bool = False) -> tree.Params:
     """Replaces the weight of a row by ``fn(weight)``: inside a bias, or around it if ``outside``; a tied head is handed
     to ``fn`` as a [features, vocab] weight."""

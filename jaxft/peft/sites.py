@@ -4,7 +4,7 @@ A method is a config that inherits `Targeted` and says in ``wrap(site)`` which W
 walk over the model, tied heads, layers left out, and what is trained whole beside it are the same for all, and here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -34,6 +34,8 @@ class Site(NamedTuple):
     """Of an embedding: whether the head tied to it follows the adapter; None if no head is tied to it."""
     statistics: Any = None
     """What a calibration measured here; None without one."""
+    shared: Any = None
+    """What ``config.share`` made for all sites together."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,6 +81,10 @@ class Targeted:
     patterns: ClassVar[tuple[str, ...]] = ()
     """Fields that map the ends of module names to values."""
 
+    def share(self, shapes: Sequence[tuple[int, int]], key: jax.Array) -> Any:
+        """What all sites have in common (`Site.shared`), given the (in, out) of each."""
+        return None
+
     def wrap(self, site: Site) -> Weight:
         """The adapted weight: the identity at initialisation unless the method's docstring says otherwise."""
         raise NotImplementedError
@@ -108,9 +114,10 @@ def adapt(
         found = [t for t in found if not places.is_tied_head(params, t.name)]  # the head follows the embedding
     for field in config.patterns:
         targets.refuse_unused(field, getattr(config, field), found)
+    shared = config.share([places.sizes(params, t.name) for t in found], jax.random.fold_in(key, len(found)))
     for i, target in enumerate(found):
         mine = (statistics or {}).get(target.name.path)
-        params = wrap(params, config, target.name, target.layers, jax.random.fold_in(key, i), mine)
+        params = wrap(params, config, target.name, target.layers, jax.random.fold_in(key, i), mine, shared)
     params = whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)
     if config.bias != "none":
         params = whole.adapt_biases(params, names, config.bias, {t.name.path for t in found})
@@ -118,7 +125,13 @@ def adapt(
 
 
 def wrap(
-    params: tree.Params, config: Targeted, name: Name, layers: np.ndarray, key: jax.Array, statistics: Any = None
+    params: tree.Params,
+    config: Targeted,
+    name: Name,
+    layers: np.ndarray,
+    key: jax.Array,
+    statistics: Any = None,
+    shared: Any = None,
 ) -> tree.Params:
     """The parameters with one row's weight adapted in ``layers`` (bool[*stack])."""
     if name.kind == "embedding" and not config.embeddings:
@@ -130,6 +143,6 @@ def wrap(
     modules = name.modules(tree.num_layers(params))
 
     def adapted(base: Any) -> Weight:
-        return config.wrap(Site(base, name, modules, np.asarray(layers), key, follows, statistics))
+        return config.wrap(Site(base, name, modules, np.asarray(layers), key, follows, statistics, shared))
 
     return places.wrap(params, name, adapted, config.outside)

@@ -1,0 +1,24 @@
+"""What a weight does on the way to ``x @ w``: drop features of its input, and multiply by a matrix it does not keep."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+    """``x`` with each number zeroed with probability ``rate`` and the others scaled to keep the mean.
+
+    Without a key, in evaluation, ``x`` itself."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def remade(x: jax.Array, make: Callable[..., jax.Array], *parts: Any) -> jax.Array:
+    """``x @ make(*parts)``, [..., in] -> [..., out], where the matrix is made again in the backward pass.
+
+    Kept for it are ``x`` and ``parts`` only. ``make`` gives [in, out] in any dtype; the product is in that of ``x``."""
+    return jax.checkpoint(lambda x, *parts: x @ make(*parts).astype(x.dtype))(x, *parts)
