@@ -16,12 +16,12 @@ from jaxft.border.fields import Choice
 from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
-from jaxft.peft import METHODS
+from jaxft.peft import METHODS, registry
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding.mesh import MeshConfig
 from jaxft.training.config import EvalConfig, LogConfig, OptimConfig, TrainConfig
 
-_METHODS = {name: method.config for name, method in METHODS.items()}
+_METHODS = {**registry.installed(), **{name: method.config for name, method in METHODS.items()}}
 _OBJECTIVES = {name: objective.config for name, objective in OBJECTIVES.items()}
 
 
@@ -49,7 +49,9 @@ class RunConfig:
     """The model that is fine-tuned."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training data and its held-out part."""
-    peft: tuple[Choice, ...] = fields.choice("method", _METHODS, "lora", "Fine-tuning method.", several=True)
+    peft: tuple[Choice, ...] = fields.choice(
+        "method", _METHODS, "lora", "Fine-tuning method.", several=True, load=registry.load
+    )
     """What is trained: a method and its settings, or a list of them, applied in order."""
     objective: Choice = fields.choice("name", _OBJECTIVES, "sft", "Training objective.")
     """What is minimised: the objective and its settings."""

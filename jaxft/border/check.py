@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pydantic
@@ -20,6 +21,8 @@ from jaxft.border.fields import Alternatives, Choice, Field
 from jaxft.border.reading import KeyPath, Source, Typed, dotted
 
 T = TypeVar("T")
+MODULE = "module"
+"""The key that names a class from outside, in place of a choice's tag."""
 
 _INVALID: Any = object()  # a value that could not be built; its problem is already noted
 
@@ -143,6 +146,8 @@ class _Checker:
         value = _opened(value)
         if isinstance(value, str):
             value = {alternatives.tag: value}
+        if isinstance(value, dict) and alternatives.load is not None and MODULE in value:
+            return self.loaded(alternatives, alternatives.load, value, path)
         if not isinstance(value, dict):
             names = ", ".join(alternatives.classes)
             return self.note(
@@ -159,6 +164,19 @@ class _Checker:
         rest = {key: item for key, item in value.items() if key != alternatives.tag}
         config = self.section(alternatives.classes[name], rest, path, f"{dotted((*path, alternatives.tag))}={name}")
         return _INVALID if config is _INVALID else Choice(name, config)
+
+    def loaded(self, alternatives: Alternatives, load: Callable[[str], type], value: dict, path: KeyPath) -> Any:
+        """A choice whose class is named instead of being one of the alternatives."""
+        spec, here = _opened(value[MODULE]), (*path, MODULE)
+        if alternatives.tag in value:
+            return self.note(here, f"`{dotted(here)}`: got `{alternatives.tag}` as well; expected one of the two")
+        try:
+            cls = load(str(spec))
+        except ValueError as error:
+            return self.note(here, f"`{dotted(here)}`: {error}")
+        rest = {key: item for key, item in value.items() if key != MODULE}
+        config = self.section(cls, rest, path, f"{dotted(here)}={spec}")
+        return _INVALID if config is _INVALID else Choice(str(spec), config)
 
     def unknown(self, cls: type, path: KeyPath, key: str, picked: str) -> str:
         """What to say of a key that does not exist: of which alternative it is, or the nearest that does."""
@@ -247,7 +265,8 @@ def plain(config: Any) -> Any:
 def _plain_field(field: Field, value: Any) -> Any:
     if field.alternatives is None:
         return plain(value)
-    chosen = [{field.alternatives.tag: one.name, **plain(one.value)} for one in _tuple(value)]
+    known, tag = field.alternatives.classes, field.alternatives.tag
+    chosen = [{tag if one.name in known else MODULE: one.name, **plain(one.value)} for one in _tuple(value)]
     return chosen if len(chosen) > 1 else chosen[0]
 
 

@@ -12,14 +12,14 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A value of a tagged union: the alternative's name, and its settings."""
+    """A value of a tagged union: the alternative's name (or what its class was loaded from), and its settings."""
 
     name: str
     value: Any
@@ -36,6 +36,8 @@ class Alternatives:
     """What the tag means."""
     several: bool = False
     """Whether it is a tuple of choices: a list in a file, or a single one written as a mapping."""
+    load: Callable[[str], type] | None = None
+    """Finds a class that is none of these, named under the key ``module`` instead of the tag. Raises ValueError."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,17 @@ class Field:
         return self.default is dataclasses.MISSING
 
 
-def choice(tag: str, classes: Mapping[str, type], default: str, doc: str, several: bool = False) -> Any:
+def choice(
+    tag: str,
+    classes: Mapping[str, type],
+    default: str,
+    doc: str,
+    several: bool = False,
+    load: Callable[[str], type] | None = None,
+) -> Any:
     """Declares a field of type `Choice`, or `tuple[Choice, ...]` if ``several``; its default is the default
     alternative with that one's defaults."""
-    alternatives = Alternatives(tag, classes, default, doc, several)
+    alternatives = Alternatives(tag, classes, default, doc, several, load)
 
     def usual() -> Any:
         one = Choice(default, classes[default]())

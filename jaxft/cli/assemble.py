@@ -104,10 +104,10 @@ def start(
     config: RunConfig, parts: Split, steps: int, mesh: Mesh | None
 ) -> tuple[Optimizer, TrainState, TrainState | None]:
     """The optimiser, the state before the first step, and the state's shardings."""
-    first = peft.METHODS[config.peft[0].name].lr
+    first = peft.method_of(config.peft[0].value).lr
     factors = jax.tree.map(lambda rate: rate / first, parts.rates)
     for choice in config.peft:
-        groups = peft.METHODS[choice.name].groups(choice.value)
+        groups = peft.method_of(choice.value).groups(choice.value)
         if groups:
             factors = jax.tree.map(lambda f, g: f * g, factors, optim.multipliers(groups, parts.trainable))
     optimizer = optim.make(config.optim, parts.trainable, steps, first, factors)

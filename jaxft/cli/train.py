@@ -130,7 +130,7 @@ def _handed_over(base: Model, parts: Split, unroll: bool) -> tuple[Model, tree.P
 
 def _write(config: RunConfig, base: Model, params: tree.Params, dtype: str, folder: Path) -> Path:
     """The adapter in peft's format, or the whole model where the model's own arrays were trained; replaces nothing."""
-    if any(peft.METHODS[choice.name].hf is not None for choice in config.peft):
+    if any(peft.method_of(choice.value).hf is not None for choice in config.peft):
         out = folder / target.ADAPTER
         source = base.source if config.model.init == "pretrained" else None
         hf.save_adapter(

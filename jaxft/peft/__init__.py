@@ -48,10 +48,12 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(config: Any) -> Method:
-    """The table row of a method's config. Raises TypeError for anything else."""
+    """The table row of a method's config; one from outside the package needs none. Raises TypeError for no config."""
     for row in METHODS.values():
         if type(config) is row.config:
             return row
+    if isinstance(config, Targeted):
+        return Method(type(config), lr=config.learning_rate)
     raise TypeError(f"got {config!r}; expected one of {', '.join(m.config.__name__ for m in METHODS.values())}")
 
 

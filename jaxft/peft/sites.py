@@ -74,6 +74,8 @@ class Targeted:
     ensure_weight_tying: bool = False
     """Whether a tied head follows a trained embedding; otherwise, as in peft, it keeps the original."""
 
+    learning_rate: ClassVar[float] = 1e-3
+    """Default peak learning rate with AdamW of a method that has no row in `METHODS`."""
     outside: ClassVar[bool] = False
     """Whether the method maps the output, bias included, and so goes around an Affine instead of inside it."""
     embeddings: ClassVar[bool] = False

@@ -36,6 +36,8 @@ class Row:
     """Whether `take` and `unembed` are defined."""
     experts: bool = True
     """Whether it may hold experts: `ragged_dot`, where it is defined, is that of each expert."""
+    left_out: tuple[int, ...] = ()
+    """Layers that the method was told not to adapt."""
 
 
 class Subject:

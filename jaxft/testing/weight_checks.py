@@ -80,10 +80,10 @@ def gradients_equal_dense_autodiff(s: Subject) -> None:
 
 
 def layers_left_out_are_the_base(s: Subject) -> None:
-    """Where the gate is 0 the layer is the base and its gradients are exactly zero."""
+    """A layer that is not adapted is the base, and its gradients are exactly zero: multiply by the gate."""
     w = s.stack
-    adapted = np.broadcast_to(np.asarray(w.adapted), (LAYERS,)) if w.adapter and hasattr(w, "gate") else np.ones(LAYERS)
-    for i in np.flatnonzero(adapted == 0):
+    for i in s.row.left_out:
+        require(not np.asarray(w.adapted)[i], f"layer {i} is not adapted, yet w.adapted says so: keep site.gate")
         same(s.x @ w[i], s.x @ tree.strip(w)[i], f"layer {i}, which is not adapted, and the base", 0)
         trainable, frozen = split(w[i])
         grads = jax.grad(lambda t, f: jnp.sum(jnp.sin(s.x @ tree.combine(t, f))))(trainable, frozen)

@@ -40,7 +40,7 @@ ROWS: dict[str, Row] = {
     "lora ranks by layer": Row(
         adapted(matrix, LoRA(rank=3, targets=("w",), rank_pattern={"0.w": 1, "2.w": 5}, alpha_pattern={"1.w": 0.5}))
     ),
-    "lora on some layers": Row(adapted(matrix, LoRA(rank=3, targets=("w",), layers=(0, 2)))),
+    "lora on some layers": Row(adapted(matrix, LoRA(rank=3, targets=("w",), layers=(0, 2))), left_out=(1,)),
     "lora in affine": Row(adapted(affine, W)),
     "lora on lora": Row(adapted(matrix, W, LoRA(rank=2, targets=("w",)))),
     "lora on lora in affine, dropout": Row(
