@@ -307,13 +307,18 @@ def _affine(w: Weight) -> tuple[jax.Array, jax.Array]:
     if len(_mergeable(w).shape) > 2:
         over = jax.tree.map(lambda a: None if isinstance(a, Shared) else 0, w, is_leaf=lambda a: isinstance(a, Shared))
         return jax.vmap(_affine, in_axes=(over,))(w)
-    base: Any = w.base
-    base = Affine(_float32(base.base), _float32(base.bias)) if isinstance(base, Affine) else _float32(base)
-    size = w.base.shape[-2]
-    probe = jnp.eye(size + 1, size)  # the identity, and a row of zeros for the constant
-    with jax.default_matmul_precision("highest"):
-        rows = probe @ dataclasses.replace(w, base=base)  # type: ignore[type-var]
-    return rows[:-1] - rows[-1], rows[-1]
+    size, bias = w.base.shape[-2], isinstance(w.base, Affine)
+    matrix = _float32(w.base.base if bias else w.base)
+
+    def apply(x: jax.Array, base: Any) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return x @ dataclasses.replace(w, base=base)  # type: ignore[type-var]
+
+    # Without the bias, next to which the matrix would be lost: those of qwen2's keys are in the hundreds.
+    none = Affine(matrix, jnp.zeros(w.base.shape[-1])) if bias else matrix
+    rows = apply(jnp.eye(size + 1, size), none)  # the identity, and a row of zeros for the constant
+    constant = apply(jnp.zeros((1, size)), Affine(matrix, _float32(w.base.bias)))[0] if bias else rows[-1]
+    return rows[:-1] - rows[-1], constant
 
 
 def _float32(w: Any) -> jax.Array:

@@ -11,11 +11,16 @@ from typing import Any
 import jax
 
 from jaxft.core import tree
-from jaxft.peft import bottleneck, full, lora, lora_hf, sites, vera
+from jaxft.peft import boft, bottleneck, full, hra, ia3, lora, lora_hf, oft, road, sites, vera
+from jaxft.peft.boft import BOFT
 from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
 from jaxft.peft.formats import Format
 from jaxft.peft.full import Full
+from jaxft.peft.hra import HRA
+from jaxft.peft.ia3 import IA3
 from jaxft.peft.lora import LoRA, LoRAWeight
+from jaxft.peft.oft import OFT
+from jaxft.peft.road import RoAd
 from jaxft.peft.sites import Site, Targeted
 from jaxft.peft.vera import VeRA
 
@@ -44,6 +49,11 @@ METHODS: dict[str, Method] = {
     "pfeiffer": Method(bottleneck.Pfeiffer, lr=3e-4, adapt=bottleneck.adapt),
     "parallel": Method(bottleneck.Parallel, lr=3e-4, adapt=bottleneck.adapt),
     "vera": Method(vera.VeRA, lr=4e-3, hf=vera.FORMAT),
+    "oft": Method(oft.OFT, lr=4e-4, hf=oft.FORMAT),
+    "boft": Method(boft.BOFT, lr=1e-3, hf=boft.FORMAT),
+    "hra": Method(hra.HRA, lr=1e-3, hf=hra.FORMAT),
+    "road": Method(road.RoAd, lr=3e-3, hf=road.FORMAT),
+    "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, hf=ia3.FORMAT),
 }
 
 
@@ -94,7 +104,11 @@ def _trained(params: tree.Params, select: str | None) -> list[jax.Array]:
 
 
 __all__ = [
+    "BOFT",
+    "HRA",
+    "IA3",
     "METHODS",
+    "OFT",
     "Format",
     "Full",
     "Houlsby",
@@ -103,6 +117,7 @@ __all__ = [
     "Method",
     "Parallel",
     "Pfeiffer",
+    "RoAd",
     "Site",
     "Targeted",
     "VeRA",

@@ -56,6 +56,8 @@ class Format:
     """Whether a config of this type is this method's, where several methods share a type."""
     common: Callable[[dict[str, Any], Names], Tensors] = lambda found, names: {}
     """Tensors that are stored once, from all leaves by path; a name that begins with / is the whole name."""
+    of_all: Callable[[Fields, dict[str, Any], Names], Fields] = lambda config, found, names: {}
+    """Fields that tell of all leaves by path; ``config`` holds the others."""
     prepare: Callable[[object, Fields, Tensors, tree.Params], Fields] = lambda where, config, tensors, params: config
     """Looks at everything first: may take tensors out, and add to the fields what `config` needs of them."""
     shared: Callable[[object, Fields, Tensors, list[tuple[int, int]]], Any] = lambda where, config, tensors, shapes: (
@@ -94,7 +96,7 @@ def export(
         config[BY_INDEX] = layers
     if "fan_in_fan_out" in form.fields:
         config["fan_in_fan_out"] = any(name.kind == "conv1d" for name in rows)
-    return config, tensors
+    return config | form.of_all(config, leaves, names), tensors
 
 
 def restore(

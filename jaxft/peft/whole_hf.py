@@ -75,7 +75,9 @@ def export_biases(
             key = "base_layer.bias" if name.path in found else "bias"
             tensors |= _layers(name, {key: bias.value}, num_layers, False)
     biased = {n.path for n in names if n.bias and not isinstance(places.get(params, n), InPlace)}
-    for word, paths in (("none", set()), ("lora_only", biased & set(found)), ("all", biased)):
+    if not trained:
+        return {}, tensors  # not every config has the field
+    for word, paths in (("lora_only", biased & set(found)), ("all", biased)):
         if trained == paths:
             return {"bias": word}, tensors
     expected = "all of the model's biases or those of the adapted modules"

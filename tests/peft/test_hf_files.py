@@ -28,7 +28,6 @@ def test_directory_is_minimal_and_literal(tmp_path, key):
     assert json.loads((directory / "adapter_config.json").read_text()) == {
         "alpha_pattern": {},
         "base_model_name_or_path": "org/base",
-        "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
