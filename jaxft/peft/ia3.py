@@ -3,8 +3,8 @@ r"""(IA)^3: learned vectors scale keys, values and what enters the second layer 
 .. math:: y = l \odot (x W + b) \ \text{(attention)}, \qquad y = (l \odot x) W + b \ \text{(feed-forward)}
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", section 3.3
-(arXiv:2205.05638). A module trains ``out`` numbers, a feed-forward one ``in``. The products with l are taken in float32:
-in bfloat16 a factor of 1.002 would be 1.
+(arXiv:2205.05638). A module trains ``out`` numbers, a feed-forward one ``in``. The products with l are taken in
+float32: in bfloat16 a factor of 1.002 would be 1.
 """
 
 import dataclasses
@@ -38,10 +38,6 @@ class IA3(Targeted):
     """Of the targets, those whose input is scaled instead of the output: names, or a full-match regex."""
 
     outside: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.bias != "none":
-            raise ValueError(f"peft.bias: got {self.bias!r}; expected none: (IA)^3 scales the output, bias included")
 
     def wrap(self, site: Site) -> "IA3Weight":
         modules = targets.adapted(site.name, len(site.modules), site.layers)

@@ -92,8 +92,8 @@ class OFT(Targeted):
         if number == width:
             field = "blocks" if by_number else "block_size"
             raise ValueError(
-                f"peft.{field}: got {getattr(self, field)} for {module}, {width} wide: the nearest divisor leaves blocks "
-                "of 1, which cannot turn; expected a number near another one. Or leave it out with peft.exclude."
+                f"peft.{field}: got {getattr(self, field)} for {module}, {width} wide: the nearest divisor leaves "
+                "blocks of 1, which cannot turn; expected a number near another one. Or leave it out with peft.exclude."
             )
         return number, width // number
 

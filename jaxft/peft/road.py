@@ -43,15 +43,13 @@ class RoAd(Targeted):
             raise ValueError(f"peft.variant: got {self.variant!r}; expected {', '.join(ANGLES)}")
         if self.group_size < 2 or self.group_size % 2:
             raise ValueError(f"peft.group_size: got {self.group_size}; expected an even number of at least 2")
-        if self.bias != "none":
-            raise ValueError(f"peft.bias: got {self.bias!r}; expected none: RoAd turns the output, bias included")
 
     def wrap(self, site: Site) -> "RoAdWeight":
         out = site.shape[1]
         if out % self.group_size:
             raise ValueError(
-                f"peft.group_size: got {self.group_size}, no divisor of the {out} outputs of {site.modules[0]}; expected "
-                "an even divisor of every adapted module's outputs. Or leave the module out with peft.exclude."
+                f"peft.group_size: got {self.group_size}, no divisor of the {out} outputs of {site.modules[0]}; "
+                "expected an even divisor of every adapted module's outputs. Or leave it out with peft.exclude."
             )
         shape = (*site.layers.shape, out // 2 * ANGLES[self.variant])
         return RoAdWeight(site.base, jnp.zeros(shape), jnp.ones(shape), site.gate, self.variant, self.group_size)

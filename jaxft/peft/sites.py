@@ -104,6 +104,9 @@ def adapt(
     ``statistics``: what a calibration measured, by path. Raises ValueError naming a target, module or pattern that
     matches nothing, and a target that the method cannot adapt."""
     num_layers = tree.num_layers(params)
+    if config.outside and config.bias != "none":
+        remedy = f"{type(config).__name__} maps outputs, biases included. Add the method full with select=bitfit."
+        raise ValueError(f"peft.bias: got {config.bias!r}; expected none: {remedy}")
     found = targets.find(
         places.rows(names),
         num_layers,
