@@ -14,7 +14,9 @@ from jax.sharding import Mesh
 from jaxft import data, peft
 from jaxft import model as model_
 from jaxft.config import RunConfig
+from jaxft.core import hooks as hooks_
 from jaxft.core import tree
+from jaxft.core.hooks import Hooks
 from jaxft.data import Loader, Prepared
 from jaxft.model import Model
 from jaxft.models import flops
@@ -100,8 +102,17 @@ def scorer(config: RunConfig, base: Model, how: Execution) -> score.Score:
     return score.make_score(base.config, needs, dtype=dtype, execution=how, neftune_alpha=config.train.neftune_alpha)
 
 
+def hooks(config: RunConfig, parts: Split, steps: int) -> Hooks:
+    """What the methods do in each step besides the forward pass."""
+    params = tree.combine(parts.trainable, parts.frozen)
+    made = peft.hooks([choice.value for choice in config.peft], params, steps)
+    if made is not hooks_.NONE and config.optim.name == "schedule_free":
+        raise ValueError("optim.name: schedule_free averages what the method prunes; choose another, such as adamw")
+    return made
+
+
 def start(
-    config: RunConfig, parts: Split, steps: int, mesh: Mesh | None
+    config: RunConfig, parts: Split, steps: int, mesh: Mesh | None, hooks: Hooks = hooks_.NONE
 ) -> tuple[Optimizer, TrainState, TrainState | None]:
     """The optimiser, the state before the first step, and the state's shardings."""
     first = peft.method_of(config.peft[0].value).lr
@@ -115,10 +126,15 @@ def start(
     reference = "reference" in OBJECTIVES[config.objective.name].views
     places = None
     if mesh is not None and parts.shardings is not None:
-        shapes = state.abstract(parts.trainable, optimizer, key, reference)
+        shapes = state.abstract(
+            parts.trainable, optimizer, key, reference, jax.eval_shape(hooks.start, parts.trainable)
+        )
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         places = state.shardings(shapes, parts.shardings, whole)
-    return optimizer, state.create(parts.trainable, optimizer, key, reference, shardings=places), places
+    first_state = state.create(
+        parts.trainable, optimizer, key, reference, method_state=hooks.start(parts.trainable), shardings=places
+    )
+    return optimizer, first_state, places
 
 
 def loaders(config: RunConfig, prepared: Prepared) -> tuple[Loader, Any]:

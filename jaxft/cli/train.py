@@ -59,7 +59,8 @@ def run(config: RunConfig) -> int:
     parts = assemble.split(config, base, mesh)
     how = assemble.execution(config, mesh)
     steps = loop.total_steps(config.train, train.batches_per_epoch)
-    optimizer, first, places = assemble.start(config, parts, steps, mesh)
+    hooks = assemble.hooks(config, parts, steps)
+    optimizer, first, places = assemble.start(config, parts, steps, mesh, hooks)
     counted = f"{tree.count(parts.trainable):,} of {tree.count(parts.trainable) + tree.count(parts.frozen):,}"
     console.print(
         f"training {counted} parameters for {steps:,} steps with {' + '.join(choice.name for choice in config.peft)}"
@@ -88,7 +89,7 @@ def run(config: RunConfig) -> int:
     if asked:
         evaluators += [answers.evaluator(config, asked, base, dtype, how, frozen, folder)]
     result = loop.fit(
-        step.make_step(objective, settings, score, optimizer, shardings),
+        step.make_step(objective, settings, score, optimizer, shardings, hooks),
         first,
         frozen,
         train,

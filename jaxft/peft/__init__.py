@@ -10,8 +10,11 @@ from typing import Any
 
 import jax
 
+from jaxft.core import hooks as hooks_
 from jaxft.core import tree
-from jaxft.peft import boft, bottleneck, full, hra, ia3, lora, lora_hf, oft, road, sites, vera
+from jaxft.core.hooks import Hooks
+from jaxft.peft import adalora, adalora_hf, boft, bottleneck, full, hra, ia3, lora, lora_hf, oft, road, sites, vera
+from jaxft.peft.adalora import AdaLoRA
 from jaxft.peft.boft import BOFT
 from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
 from jaxft.peft.formats import Format
@@ -38,6 +41,8 @@ class Method:
     """The pattern of plain arrays that train besides the method's own fields."""
     groups: Callable[[Any], dict[str, float]] = lambda config: {}
     """Factors of the learning rate: a regex searched in paths of trained arrays to its factor."""
+    hooks: Callable[[Any, tree.Params, int], Hooks] = lambda config, params, steps: hooks_.NONE
+    """(config, params, steps of the run) -> what it does in each training step besides the forward pass."""
     hf: Format | None = None
     """How it is stored in Hugging Face's format; None for a method that has no adapter of its own there."""
 
@@ -45,6 +50,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "full": Method(full.Full, lr=2e-5, adapt=full.adapt, select=lambda config: config.select),
     "lora": Method(lora.LoRA, lr=2e-4, hf=lora_hf.FORMAT),
+    "adalora": Method(adalora.AdaLoRA, lr=1e-3, hooks=adalora.hooks, hf=adalora_hf.FORMAT),
     "houlsby": Method(bottleneck.Houlsby, lr=3e-4),
     "pfeiffer": Method(bottleneck.Pfeiffer, lr=3e-4, adapt=bottleneck.adapt),
     "parallel": Method(bottleneck.Parallel, lr=3e-4, adapt=bottleneck.adapt),
@@ -94,6 +100,16 @@ def adapt_for_training(
     return params, mask, jax.tree.map(lambda p, m: rates.get(id(p), last) if m else None, params, mask)
 
 
+def hooks(methods: Sequence[Any], params: tree.Params, steps: int) -> Hooks:
+    """What the methods do in each step of a run of ``steps`` steps. Raises ValueError if several do something."""
+    made = [(config, method_of(config).hooks(config, params, steps)) for config in methods]
+    active = [(config, hook) for config, hook in made if hook is not hooks_.NONE]
+    if len(active) > 1:
+        names = ", ".join(type(config).__name__ for config, _ in active)
+        raise ValueError(f"peft: {names} each change the parameters in every step; expected one such method")
+    return active[0][1] if active else hooks_.NONE
+
+
 def _trained(params: tree.Params, select: str | None) -> list[jax.Array]:
     """The arrays that train, as they are now; none yet where only a later method has any."""
     try:
@@ -109,6 +125,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "OFT",
+    "AdaLoRA",
     "Format",
     "Full",
     "Houlsby",
@@ -122,5 +139,6 @@ __all__ = [
     "Targeted",
     "VeRA",
     "adapt",
+    "hooks",
     "method_of",
 ]

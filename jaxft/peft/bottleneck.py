@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.core import tree
+from jaxft.core import products, tree
 from jaxft.core.names import Names
 from jaxft.core.weight import Slot, Weight, parameter, static, trainable, weight
 from jaxft.peft.sites import Site, Targeted
@@ -123,11 +123,7 @@ class Network:
         dtype = h.dtype
         z = checkpoint_name(h @ self.down.astype(dtype) + self.down_bias.astype(dtype), "adapter")
         y = ACTIVATIONS[self.activation](z) @ self.up.astype(dtype) + self.up_bias.astype(dtype)
-        y = y * (self.scale * self.gate).astype(dtype)
-        if self.key is None or self.rate == 0.0:
-            return y
-        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, y.shape)
-        return jnp.where(keep, y / (1.0 - self.rate), 0).astype(dtype)
+        return products.dropped(y * (self.scale * self.gate).astype(dtype), self.key, self.rate)
 
     def axes(self, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
         stack, width = names[:-2], names[-1]

@@ -63,9 +63,17 @@ def create(
     return jax.jit(init, out_shardings=shardings)(trainable, key, dict(carry or {}), method_state)
 
 
-def abstract(trainable: tree.Params, optimizer: Optimizer, key: jax.Array, reference: bool = False) -> TrainState:
-    """Shapes and dtypes of `create`'s result, without making it. ``trainable`` may hold shapes."""
-    return jax.eval_shape(lambda t, k: create(t, optimizer, k, reference), trainable, key)
+def abstract(
+    trainable: tree.Params,
+    optimizer: Optimizer,
+    key: jax.Array,
+    reference: bool = False,
+    method_state: Any = None,
+) -> TrainState:
+    """Shapes and dtypes of `create`'s result, without making it. The arguments may hold shapes."""
+    return jax.eval_shape(
+        lambda t, k, m: create(t, optimizer, k, reference, method_state=m), trainable, key, method_state
+    )
 
 
 def shardings(state: TrainState, trainable: tree.Params, other: jax.sharding.Sharding) -> TrainState:

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxft.core import hooks as hooks_
 from jaxft.core import tree
+from jaxft.core.hooks import Hooks
 from jaxft.objectives import terms
 from jaxft.objectives.terms import Batch, Means, Objective, Scores
 from jaxft.training.optim import Optimizer
@@ -55,7 +57,12 @@ def alone(fn: Callable) -> Callable:
 
 
 def make_step(
-    objective: Objective, config: Any, score: Score, optimizer: Optimizer, shardings: Shardings | None = None
+    objective: Objective,
+    config: Any,
+    score: Score,
+    optimizer: Optimizer,
+    shardings: Shardings | None = None,
+    hooks: Hooks = hooks_.NONE,
 ) -> Step:
     """Builds the training step.
 
@@ -63,7 +70,7 @@ def make_step(
     ``loss``, each metric of the objective, each term as ``loss/<term>`` where there are several, ``grad_norm`` (before
     clipping), ``learning_rate``, ``tokens`` (those that are not padding), ``skipped`` (0 or 1).
     """
-    return compiled(body(objective, config, score, optimizer), shardings)
+    return compiled(body(objective, config, score, optimizer, hooks=hooks), shardings)
 
 
 def compiled(step: Step, shardings: Shardings | None = None) -> Step:
@@ -76,9 +83,16 @@ def compiled(step: Step, shardings: Shardings | None = None) -> Step:
     )  # fmt: skip
 
 
-def body(objective: Objective, config: Any, score: Score, optimizer: Optimizer, each: Each = alone) -> Step:
+def body(
+    objective: Objective,
+    config: Any,
+    score: Score,
+    optimizer: Optimizer,
+    each: Each = alone,
+    hooks: Hooks = hooks_.NONE,
+) -> Step:
     """`make_step`, not compiled. With ``each`` all metrics and the state's arrays are [members, ...], the batch's are
-    [accumulate, members, rows, T], and ``score`` and ``optimizer`` are those of all members."""
+    [accumulate, members, rows, T], and ``score``, ``optimizer`` and ``hooks`` are those of all members."""
     objective = dataclasses.replace(objective, fn=_mapped(objective.fn, each))
 
     def step(state: TrainState, frozen: tree.Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -92,6 +106,7 @@ def body(objective: Objective, config: Any, score: Score, optimizer: Optimizer, 
             return jnp.sum(loss), (losses, metrics)  # members share nothing that trains: each has its own gradient
 
         grads, (losses, means) = _accumulate(loss_fn, state.trainable, batch, key, each)
+        grads = hooks.gradients(state.trainable, grads)
         metrics = _metrics(losses, means, weights)
         metrics["grad_norm"] = each(optax.tree.norm)(grads)
         metrics["learning_rate"] = optimizer.learning_rate(state.step)
@@ -100,9 +115,10 @@ def body(objective: Objective, config: Any, score: Score, optimizer: Optimizer, 
         metrics["skipped"] = 1 - fine.astype(jnp.int32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, state.step)
         trainable = optax.apply_updates(state.trainable, updates)
-        new, old = (trainable, opt_state), (state.trainable, state.opt_state)
-        trainable, opt_state = each(_chosen)(fine, new, old)
-        return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+        trainable, method_state = hooks.update(state.step + 1, trainable, grads, state.method_state)
+        new = {"trainable": trainable, "opt_state": opt_state, "method_state": method_state}
+        old = {name: getattr(state, name) for name in new}
+        return state._replace(step=state.step + 1, **each(_chosen)(fine, new, old)), metrics
 
     return step
 

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.core import hooks as hooks_
 from jaxft.core import tree
+from jaxft.core.hooks import Hooks
 from jaxft.objectives.terms import Batch, Means, Objective
 from jaxft.training import optim
 from jaxft.training import step as step_
@@ -57,11 +59,13 @@ def make_step(
     members: int,
     own_order: bool = False,
     shardings: Shardings | None = None,
+    hooks: Hooks = hooks_.NONE,
 ) -> Step:
     """`step.make_step` of all members: states and metrics are [members, ...], but for ``tokens``, the sum.
 
     ``batch``: [accumulate, rows, T], the same rows for all, or with ``own_order`` [accumulate, rows x members, T]."""
-    body = step_.body(objective, config, score, optimizer, jax.vmap)
+    hooks = Hooks(jax.vmap(hooks.start), jax.vmap(hooks.gradients), jax.vmap(hooks.update))
+    body = step_.body(objective, config, score, optimizer, jax.vmap, hooks)
 
     def step(state: TrainState, frozen: tree.Params, batch: Batch) -> tuple[TrainState, step_.Metrics]:
         return body(state, frozen, spread(batch, members, own_order))
