@@ -24,7 +24,7 @@ from jaxft.core import many, tree
 from jaxft.core.names import Names
 from jaxft.models import families, init
 from jaxft.models.config import ModelConfig
-from jaxft.peft import hf as adapters
+from jaxft.peft import store
 from jaxft.rollout import generate, score
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding import rules
@@ -188,14 +188,24 @@ def save_hf(
 
 
 def save_adapter(
-    model: Model, params: tree.Params, directory: str | os.PathLike[str], *, overwrite: bool = False
+    model: Model,
+    params: tree.Params,
+    directory: str | os.PathLike[str],
+    methods: Sequence[Any] = (),
+    *,
+    overwrite: bool = False,
 ) -> Path:
-    """Writes the adapter in ``params`` as a directory that `peft` loads on the model's source."""
-    return adapters.save_adapter(
+    """Writes the adapter in ``params`` as a directory that `peft` loads on the model's source.
+
+    What peft's format cannot hold exactly is written in our own, which only `load_adapter` reads. ``methods``: the
+    configs that made the adapter, told to its readers."""
+    return store.save(
         params,
         model.names,
         model.config.num_layers,
         directory,
+        methods=methods,
+        base=model.params,
         base_model_name_or_path=model.source,
         overwrite=overwrite,
     )
@@ -205,4 +215,4 @@ def load_adapter(model: Model, source: str | os.PathLike[str], *, revision: str 
     """The model's parameters with an adapter on them, made by `peft` or by us: a directory or a hub id.
 
     The base's buffers are shared. Raises AdapterError or CheckpointError naming what does not fit."""
-    return adapters.load_adapter(model.params, model.names, model.config.num_layers, hub.directory(source, revision))
+    return store.load(model.params, model.names, model.config.num_layers, hub.directory(source, revision))

@@ -21,7 +21,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--push-to-hub", metavar="ORG/NAME", help="upload to this Hugging Face repository, made if needed"
     )
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--adapter", action="store_true", help="the adapter alone, in peft's format, not merged")
+    parser.add_argument(
+        "--adapter", action="store_true", help="the adapter alone, not merged; in peft's format where that can hold it"
+    )
     parser.add_argument("--dtype", help="of the written weights: float32, bfloat16, float16; default: as loaded")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file; default: 5GB")
 

@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 
 from jaxft import config as config_
-from jaxft import data, peft, run_dir
+from jaxft import data, run_dir
 from jaxft import model as model_
 from jaxft.border import check
 from jaxft.border.errors import ConfigError
@@ -21,7 +21,7 @@ from jaxft.core import tree
 from jaxft.model import Model
 from jaxft.objectives import OBJECTIVES
 from jaxft.objectives.terms import Means
-from jaxft.peft import hf
+from jaxft.peft import store
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import evaluate, loop, prefetch, step
 from jaxft.training.loop import Settings
@@ -130,12 +130,17 @@ def _handed_over(base: Model, parts: Split, unroll: bool) -> tuple[Model, tree.P
 
 
 def _write(config: RunConfig, base: Model, params: tree.Params, dtype: str, folder: Path) -> Path:
-    """The adapter in peft's format, or the whole model where the model's own arrays were trained; replaces nothing."""
-    if any(peft.method_of(choice.value).hf is not None for choice in config.peft):
+    """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced."""
+    if tree.adapters(params):
         out = folder / target.ADAPTER
-        source = base.source if config.model.init == "pretrained" else None
-        hf.save_adapter(
-            params, base.names, base.config.num_layers, out, base_model_name_or_path=source, overwrite=out.exists()
+        store.save(
+            params,
+            base.names,
+            base.config.num_layers,
+            out,
+            methods=[choice.value for choice in config.peft],
+            base_model_name_or_path=base.source if config.model.init == "pretrained" else None,
+            overwrite=out.exists(),
         )
         base.tokenizer.save_pretrained(out)
         return out

@@ -103,6 +103,20 @@ def _rebuild(w: Weight, fn: Callable[[dataclasses.Field, Any], Any]) -> Any:
     return dataclasses.replace(w, **{f.name: fn(f, getattr(w, f.name)) for f in fields})  # type: ignore[type-var]
 
 
+def adapters(params: Params) -> list[Weight]:
+    """Every adapter in the tree, each before those inside it."""
+    found: list[Weight] = []
+
+    def look(w: Any) -> Any:
+        if isinstance(w, Weight):
+            found.extend([w] if w.adapter else [])
+            _rebuild(w, lambda f, v: jax.tree.map(look, v, is_leaf=is_weight))
+        return w
+
+    jax.tree.map(look, params, is_leaf=is_weight)
+    return found
+
+
 def strip(params: Params) -> Params:
     """The model without its adapters: the same base buffers, the wrappers gone."""
 

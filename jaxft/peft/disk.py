@@ -19,6 +19,7 @@ from safetensors import numpy as safetensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+EVERY = "all tensors of every adapted module"
 Tensors = dict[str, np.ndarray]
 
 
@@ -72,6 +73,19 @@ def _tensors(directory: Path) -> Tensors:
     return {(n.removeprefix(PREFIX) if n.startswith(PREFIX) else f"/{n}"): array for n, array in tensors.items()}
 
 
+def take(where: object, tensors: Tensors, name: str, shape: tuple[int, ...], expected: str = EVERY) -> np.ndarray:
+    """Takes the tensor of that name and shape out of ``tensors``; floating ones come in float32.
+
+    Raises AdapterError; ``expected``: what a whole adapter has."""
+    if name not in tensors:
+        raise AdapterError(where, f"no tensor {name}", expected, "It was not saved whole.")
+    array = tensors.pop(name)
+    if array.shape != tuple(shape):
+        remedy = "The adapter was made for another model, or its config gives other sizes."
+        raise AdapterError(f"{where}: {name}", f"shape {list(array.shape)}", f"{list(shape)}", remedy)
+    return array if array.dtype.kind in "biu" else array.astype(np.float32)
+
+
 def refuse_occupied(target: Path, overwrite: bool) -> None:
     """Raises AdapterError if ``target`` holds something that may not, or should not, be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -91,7 +105,7 @@ def write(target: Path, config: dict[str, Any], tensors: Tensors, readme: str) -
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        arrays = {_whole_name(name): np.ascontiguousarray(array) for name, array in sorted(tensors.items())}
+        arrays = {_whole_name(name): np.asarray(array, order="C") for name, array in sorted(tensors.items())}
         safetensors.save_file(arrays, work / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (work / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -133,24 +133,14 @@ def filled(form: Format, where: object, tensors: Tensors, name: Name, num_layers
     whole = host(made)
     arrays = {n: np.array(v) for n, v in _arrays(whole).items() if isinstance(v, np.ndarray)}
     for module, layer in layers_of(name, num_layers, whole):
-        stored = {end: take(where, tensors, f"{module}.{end}", array.shape) for end, array in form.write(layer).items()}
+        stored = {
+            end: disk.take(where, tensors, f"{module}.{end}", array.shape) for end, array in form.write(layer).items()
+        }
         new = form.read(layer, stored)
         at = name.modules(num_layers).index(module) if name.stacked else ...
         for field_name, array in arrays.items():
             array[at] = getattr(new, field_name)
     return dataclasses.replace(made, **{n: jnp.asarray(a) for n, a in arrays.items()})
-
-
-def take(where: object, tensors: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Takes a tensor out, float32 unless of integers. Raises AdapterError for none, or one of another shape."""
-    if key not in tensors:
-        expected = "all tensors of every adapted module"
-        raise AdapterError(where, f"no tensor {key}", expected, "It was not saved whole.")
-    array = tensors.pop(key)
-    if array.shape != tuple(shape):
-        remedy = "The adapter was made for another model, or its config gives other sizes."
-        raise AdapterError(f"{where}: {key}", f"shape {list(array.shape)}", f"{list(shape)}", remedy)
-    return array if array.dtype.kind in "iu" else array.astype(np.float32)
 
 
 def in_common(found: Mapping[str, Any], *fields: str) -> list[np.ndarray]:

@@ -1,24 +1,19 @@
 """Adapters in Hugging Face peft's format, both ways.
 
 What belongs to one method (its config fields and tensors) is that method's row of `METHODS`; here is what all share:
-the directory, the fields of every config, modules and biases trained whole, and the refusal of anything left over.
-Nothing is returned before everything has been verified.
+the fields of every config, modules and biases trained whole, and the refusal of what the format cannot hold.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Any
-
-import jax
-from jax.experimental import multihost_utils
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import InPlace, Weight
 from jaxft.peft import METHODS, disk, formats, places, targets, whole_hf
-from jaxft.peft.disk import AdapterError
-from jaxft.peft.formats import Format
+from jaxft.peft.disk import AdapterError, Tensors
+from jaxft.peft.formats import Fields, Format
 
 # fields of any method's config that are read here, or say nothing about the maths
 COMMON = (
@@ -40,56 +35,36 @@ or with jaxft: `jaxft.load_adapter(jaxft.load(base), "this directory")`.
 """
 
 
-def save_adapter(
-    params: tree.Params,
-    names: Names,
-    num_layers: int,
-    directory: str | os.PathLike[str],
-    *,
-    base_model_name_or_path: str | None = None,
-    task_type: str = "CAUSAL_LM",
-    overwrite: bool = False,
-) -> Path:
-    """Writes the adapter that ``params`` hold as a directory that peft loads; returns its path.
+def export(where: object, params: tree.Params, names: Names, num_layers: int) -> tuple[Fields, Tensors, str]:
+    """Config fields, tensors and README of all that ``params`` hold besides the base.
 
-    It appears complete or not at all; one that holds something is refused, unless it is an adapter and ``overwrite``.
-    Plain arrays that a pattern trained are no part of an adapter (`modules_to_save` and `bias` are). On several hosts
-    every process must call it. Raises AdapterError."""
-    target = Path(directory).expanduser().absolute()
-    disk.refuse_occupied(target, overwrite)
-    _meet("save_adapter: looked")
+    Raises AdapterError naming the first thing that peft's format has no word for."""
     names = places.rows(names)
     found = {name.path: w for name in names if (w := _adapter(params, name)) is not None}
-    method, form = _format_of(target, found)
+    method, form = _format_of(where, found)
     config, tensors = formats.export(form, found, params, names, num_layers)
-    parts = (
+    config["peft_type"] = form.peft_type
+    written = list(found.values())
+    for fields, more, these in (
         whole_hf.export(params, names, num_layers),
-        whole_hf.export_biases(target, params, names, num_layers, found),
-    )
-    for fields, more in parts:
+        whole_hf.export_biases(where, params, names, num_layers, found),
+    ):
         config |= fields
         tensors |= more
+        written += these
     if not form.biases and config.pop("bias") != "none":
-        remedy = f"peft's {form.peft_type} has no such setting: merge, and save the whole model with jaxft.save_hf."
-        raise AdapterError(target, "trained biases", "an adapter alone", remedy)
-    config |= {
-        "peft_type": form.peft_type,
-        "task_type": task_type,
-        "base_model_name_or_path": base_model_name_or_path,
-        "inference_mode": True,
-    }
+        raise AdapterError(where, "trained biases", f"none: peft's {form.peft_type} has no such setting")
     config |= {"ensure_weight_tying": True} if places.follows(params, names) else {}
-    if jax.process_index() == 0:
-        readme = README.format(base=base_model_name_or_path or "", method=method)
-        disk.write(target, config, tensors, readme)
-    _meet("save_adapter: written")
-    return target
+    _refuse_rest(where, params, written)
+    return config, tensors, README.format(base="{base}", method=method)
 
 
-def _meet(where: str) -> None:
-    """Waits for every process of a run on several hosts."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+def _refuse_rest(where: object, params: tree.Params, written: list[Any]) -> None:
+    """Raises AdapterError for an adapter that is not among those written."""
+    left = set(map(id, tree.adapters(params))) - set(map(id, written))
+    if left:
+        kinds = sorted({type(w).__name__ for w in tree.adapters(params) if id(w) in left})
+        raise AdapterError(where, f"{', '.join(kinds)} at a place that peft has no word for", "an adapter that it has")
 
 
 def _adapter(params: tree.Params, name: Name) -> Any:
@@ -99,31 +74,29 @@ def _adapter(params: tree.Params, name: Name) -> Any:
         return None
     if isinstance(w.base, Weight) and w.base.adapter:
         got = f"a {type(w).__name__} on a {type(w.base).__name__}"
-        remedy = "Merge the first one into the base, save that model, and save the second one on it."
-        raise AdapterError(name.path, got, "one adapter on each weight", remedy)
+        raise AdapterError(name.path, got, "one adapter on each weight")
     return w
 
 
-def _format_of(target: Path, found: dict[str, Any]) -> tuple[str, Format]:
+def _format_of(where: object, found: dict[str, Any]) -> tuple[str, Format]:
     """The one method that the adapters belong to, with its format."""
     if not found:
-        remedy = "Save weights trained whole with jaxft.save_hf(model, jaxft.merge(params), directory)."
-        raise AdapterError(target, "parameters without an adapter", "an adapter of one method", remedy)
+        raise AdapterError(where, "no adapter on a weight", "an adapter of one method")
     kinds = {type(w) for w in found.values()}
     rows = [(name, m.hf) for name, m in METHODS.items() if m.hf is not None and m.hf.leaf in kinds]
     if len(kinds) != 1 or not rows:
         got = "adapters of " + ", ".join(sorted(kind.__name__ for kind in kinds))
-        remedy = "Merge them and save the whole model with jaxft.save_hf."
-        raise AdapterError(target, got, "one method that peft's format can hold", remedy)
+        raise AdapterError(where, got, "one method that peft's format can hold")
     return rows[0]
 
 
-def load_adapter(params: tree.Params, names: Names, num_layers: int, directory: str | os.PathLike[str]) -> tree.Params:
-    """The parameters with an adapter made by peft, or by `save_adapter`, on them; the base's buffers are shared.
+def restore(
+    where: Path, config: Fields, tensors: Tensors, params: tree.Params, names: Names, num_layers: int
+) -> tree.Params:
+    """The parameters with the adapter on them; what is used is taken out of ``tensors``.
 
-    Raises AdapterError naming what is not understood, missing, left over or of another shape."""
-    where = Path(directory).expanduser().absolute()
-    config, tensors = _modern(*disk.read(where))
+    Raises AdapterError naming what is not understood, missing or of another shape."""
+    config = _modern(config, tensors)
     form = _format_named(where, config)
     _refuse_fields(where, config, form)
     form.refuse(where, config)
@@ -133,23 +106,18 @@ def load_adapter(params: tree.Params, names: Names, num_layers: int, directory: 
     params = whole_hf.replace_bases(where, config, tensors, params, names, saved)
     params = formats.restore(form, where, config, tensors, params, names)
     params = whole_hf.restore(where, config, tensors, params, saved)
-    params = whole_hf.restore_biases(where, config, tensors, params, names)
-    if tensors:
-        remedy = "Nothing here uses them, so the model would not be the one that was saved."
-        raise AdapterError(
-            where, f"unused tensors {disk.some(sorted(tensors))}", "only tensors of this adapter", remedy
-        )
-    return params
+    return whole_hf.restore_biases(where, config, tensors, params, names)
 
 
-def _modern(config: dict[str, Any], tensors: disk.Tensors) -> tuple[dict[str, Any], disk.Tensors]:
-    """gpt_neox's head was the module embed_out before transformers 5."""
-    if not any(key.startswith("embed_out.") for key in tensors):
-        return config, tensors
+def _modern(config: Fields, tensors: Tensors) -> Fields:
+    """gpt_neox's head was the module embed_out before transformers 5; its tensors are renamed."""
+    old = [key for key in tensors if key.startswith("embed_out.")]
+    for key in old:
+        tensors[re.sub(r"^embed_out\.", "lm_head.", key)] = tensors.pop(key)
     for field in ("target_modules", "modules_to_save"):
-        if isinstance(config.get(field), list):
+        if old and isinstance(config.get(field), list):
             config = {**config, field: ["lm_head" if m == "embed_out" else m for m in config[field]]}
-    return config, {re.sub(r"^embed_out\.", "lm_head.", key): array for key, array in tensors.items()}
+    return config
 
 
 def _format_named(where: Path, config: dict[str, Any]) -> Format:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxft.core import products
 from jaxft.core.weight import Shared, Weight, parameter, static, trainable, weight
-from jaxft.peft import formats, torch_draws
+from jaxft.peft import disk, formats, torch_draws
 from jaxft.peft.disk import Tensors
 from jaxft.peft.formats import Fields, Format
 from jaxft.peft.sites import Site, Targeted
@@ -94,7 +94,7 @@ def stored(where: object, config: Fields, tensors: Tensors, shapes: Sequence[tup
     """The matrices that were saved, or those that torch draws from the seed."""
     draws = _projections(shapes, config.get("r", 256))
     if config.get("save_projection", True) or A in tensors:
-        a, b = (formats.take(where, tensors, name, shape) for name, (shape, _) in zip((A, B), draws, strict=True))
+        a, b = (disk.take(where, tensors, name, shape) for name, (shape, _) in zip((A, B), draws, strict=True))
     else:
         of = torch_draws.generator(config.get("projection_prng_key", 0))
         a, b = (torch_draws.uniform(of, shape, bound) for shape, bound in draws)

@@ -20,18 +20,21 @@ from jaxft.peft.disk import AdapterError, Tensors
 Fields = dict[str, Any]
 
 
-def export(params: tree.Params, names: Names, num_layers: int) -> tuple[Fields, Tensors]:
-    """``modules_to_save`` and its tensors."""
+def export(params: tree.Params, names: Names, num_layers: int) -> tuple[Fields, Tensors, list[InPlace]]:
+    """``modules_to_save``, its tensors, and the weights that they are of."""
     saved: list[str] = []
     tensors: Tensors = {}
+    written: list[InPlace] = []
     for name in names:
         w = places.get(params, name)
         if name.kind == "norm":
             held = all(isinstance(vector, InPlace) for vector in w.values())
             arrays = {_NORM[field]: vector.value for field, vector in w.items()} if held else {}
+            written += w.values() if held else ()
         elif isinstance(w, InPlace):
             value = w.value
             arrays = {"weight": value.base, "bias": value.bias} if isinstance(value, Affine) else {"weight": value}
+            written.append(w)
         else:
             continue
         if arrays:
@@ -39,10 +42,11 @@ def export(params: tree.Params, names: Names, num_layers: int) -> tuple[Fields, 
             tensors |= _layers(name, arrays, num_layers, _transposed(params, name))
             if name.path == places.TOKENS and w.tied:  # peft stores the tied head with it
                 tensors |= {f"{n.module}.weight": disk.host(w.value) for n in names if n.path == places.HEAD}
-    return {"modules_to_save": saved or None}, tensors
+    return {"modules_to_save": saved or None}, tensors, written
 
 
 _NORM = {"scale": "weight", "bias": "bias"}
+_WHOLE = "every module of modules_to_save"
 
 
 def _transposed(params: tree.Params, name: Name) -> bool:
@@ -62,16 +66,20 @@ def _layers(name: Name, arrays: dict[str, Any], num_layers: int, transposed: boo
 
 def export_biases(
     where: object, params: tree.Params, names: Names, num_layers: int, found: dict[str, Any]
-) -> tuple[Fields, Tensors]:
-    """``bias`` and its tensors; ``found``: the adapted paths. Raises AdapterError for a choice peft has no word for."""
+) -> tuple[Fields, Tensors, list[InPlace]]:
+    """``bias``, its tensors, and the biases that they are of; ``found``: the adapted paths.
+
+    Raises AdapterError for a choice peft has no word for."""
     trained: set[str] = set()
     tensors: Tensors = {}
+    written: list[InPlace] = []
     for name in names:
         w = tree.get(params, name.path) if name.bias else None
         bias = w["bias"] if isinstance(w, dict) else w.bias if isinstance(w, Affine) else None
         whole_norm = isinstance(w, dict) and isinstance(w["scale"], InPlace)
         if isinstance(bias, InPlace) and not whole_norm:
             trained.add(name.path)
+            written.append(bias)
             key = "base_layer.bias" if name.path in found else "bias"
             tensors |= _layers(name, {key: bias.value}, num_layers, False)
     biased = {n.path for n in names if n.bias and not isinstance(places.get(params, n), InPlace)}
@@ -79,7 +87,7 @@ def export_biases(
         return {}, tensors  # not every config has the field
     for word, paths in (("lora_only", biased & set(found)), ("all", biased)):
         if trained == paths:
-            return {"bias": word}, tensors
+            return {"bias": word}, tensors, written
     expected = "all of the model's biases or those of the adapted modules"
     raise AdapterError(where, f"trained biases of {disk.some(sorted(trained))}", expected)
 
@@ -146,7 +154,7 @@ def restore_biases(where: object, config: Fields, tensors: Tensors, params: tree
         value = np.array(disk.host(bias.value))
         for i, module in enumerate(modules):
             if module in held:
-                array = _take(where, tensors, held[module], value.shape[-1:])
+                array = disk.take(where, tensors, held[module], value.shape[-1:], _WHOLE)
                 value[i if name.stacked else ...] = array
         bias = dataclasses.replace(bias, value=jnp.asarray(value))
         filled = {**w, "bias": bias} if isinstance(w, dict) else dataclasses.replace(w, bias=bias)
@@ -167,16 +175,7 @@ def _filled(where: object, tensors: Tensors, name: Name, key: str, w: InPlace, t
     """The weight with its trained value read, layer by layer."""
     shape = w.value.shape[1:] if name.stacked else w.value.shape
     modules = name.modules(w.value.shape[0])
-    arrays = [_take(where, tensors, f"{m}.{key}", shape[::-1] if transposed else shape) for m in modules]
+    size = shape[::-1] if transposed else shape
+    arrays = [disk.take(where, tensors, f"{m}.{key}", size, _WHOLE) for m in modules]
     arrays = [array.T if transposed else array for array in arrays]
     return dataclasses.replace(w, value=jnp.asarray(np.stack(arrays) if name.stacked else arrays[0]))
-
-
-def _take(where: object, tensors: Tensors, key: str, shape: tuple[int, ...]) -> np.ndarray:
-    if key not in tensors:
-        raise AdapterError(where, f"no tensor {key}", "every module of modules_to_save", "It was not saved whole.")
-    array = tensors.pop(key)
-    if array.shape != tuple(shape):
-        remedy = "The adapter was made for another model."
-        raise AdapterError(f"{where}: {key}", f"shape {list(array.shape)}", f"{list(shape)}", remedy)
-    return array.astype(np.float32)

@@ -20,7 +20,7 @@ from jaxft import peft as jaxft_peft
 from jaxft.checkpoint import hf as checkpoint
 from jaxft.core import tree
 from jaxft.models import decoder, heads
-from jaxft.peft import formats, hf, places
+from jaxft.peft import formats, places, store
 from tests.models import tiny
 
 TOKENS = np.random.default_rng(0).integers(3, tiny.SIZES["vocab_size"], (2, 12)).astype(np.int32)
@@ -126,9 +126,9 @@ def _unpadded(form: formats.Format, row: Any, num_layers: int, w: Any) -> Any:
 
 def load(name: str, directory: Path) -> tree.Params:
     loaded = ours(name)
-    return hf.load_adapter(loaded.params, loaded.names, loaded.config.num_layers, directory)
+    return store.load(loaded.params, loaded.names, loaded.config.num_layers, directory)
 
 
 def save(name: str, params: tree.Params, directory: Path, **options: Any) -> Path:
     loaded = ours(name)
-    return hf.save_adapter(params, loaded.names, loaded.config.num_layers, directory, **options)
+    return store.save(params, loaded.names, loaded.config.num_layers, directory, **options)

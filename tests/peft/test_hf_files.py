@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxft.core import tree
-from jaxft.peft import LoRA, disk, hf
+from jaxft.peft import LoRA, disk, store
 from jaxft.peft.disk import AdapterError
 from tests.peft import pairs
 
@@ -119,19 +119,18 @@ def test_saved_base_embedding_replaces_ours(tmp_path):
     np.testing.assert_allclose(pairs.logits("llama", params), pairs.torch_logits(made), rtol=0, atol=1e-5)
 
 
-def test_two_adapters_load_one_on_the_other(tmp_path, key):
-    """Their updates add; but peft's format holds one adapter, so writing both is refused."""
+def test_two_adapters_load_one_on_the_other(tmp_path):
+    """Their updates add; peft's format holds one adapter, so both together are saved in ours."""
     one, two = (pairs.adapted("llama", LoRA(rank=2, targets=("q_proj",)), jax.random.key(i)) for i in (1, 2))
     pairs.save("llama", one, tmp_path / "1")
     pairs.save("llama", two, tmp_path / "2")
     loaded = pairs.ours("llama")
-    both = hf.load_adapter(pairs.load("llama", tmp_path / "1"), loaded.names, loaded.config.num_layers, tmp_path / "2")
+    both = store.load(pairs.load("llama", tmp_path / "1"), loaded.names, loaded.config.num_layers, tmp_path / "2")
     dense = [p["layers"]["attn"]["q"].dense() for p in (one, two, both)]
     base = loaded.params["layers"]["attn"]["q"]
     np.testing.assert_allclose(dense[2] - base, dense[0] + dense[1] - 2 * base, atol=1e-6)
-    with pytest.raises(AdapterError, match=r"layers/attn/q: got a LoRAWeight on a LoRAWeight.*Merge"):
-        pairs.save("llama", both, tmp_path / "3")
-    assert not (tmp_path / "3").exists()
+    pairs.save("llama", both, tmp_path / "3")
+    assert json.loads((tmp_path / "3" / disk.CONFIG).read_text())["peft_type"] == "JAXFT"
 
 
 def rewrite(directory, config=None, tensors=None) -> None:

@@ -1,0 +1,104 @@
+"""Adapters to and from their directories: in peft's format where it can hold all of an adapter, else in our own.
+
+Both are a directory of the same two files, which `load` tells apart. Nothing is returned, or written, before everything
+has been verified.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxft.core import tree
+from jaxft.core.names import Names
+from jaxft.core.weight import PARAMETER, Weight, role
+from jaxft.peft import disk, hf, method_of, native
+from jaxft.peft.disk import AdapterError
+
+
+def save(
+    params: tree.Params,
+    names: Names,
+    num_layers: int,
+    directory: str | os.PathLike[str],
+    *,
+    methods: Sequence[Any] = (),
+    base: tree.Params | None = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str = "CAUSAL_LM",
+    overwrite: bool = False,
+) -> Path:
+    """Writes all that ``params`` hold besides the base as a directory; returns its path.
+
+    Arrays of the model itself that were trained by a pattern (`Full`) are known by ``methods``, the configs that made
+    ``params``, or by differing from ``base``, the model's own parameters. The directory appears complete or not at all;
+    one that holds something is refused, unless it is an adapter and ``overwrite``. On several hosts every process must
+    call it. Raises AdapterError."""
+    target = Path(directory).expanduser().absolute()
+    disk.refuse_occupied(target, overwrite)
+    _meet("save: looked")
+    params = tree.map_weights(lambda path, w: _own_stacked(w), tree.dropout_keys(params, None))
+    trained = _selected(params, methods) | (set() if base is None else native.changed(params, base))
+    try:
+        if trained:
+            raise AdapterError(target, "plain arrays trained by a pattern", "an adapter")
+        config, tensors, readme = hf.export(target, params, names, num_layers)
+    except AdapterError:  # peft has no word for it
+        config, tensors = native.export(target, params, trained, methods)
+        readme = native.README
+    source = base_model_name_or_path
+    config |= {"base_model_name_or_path": source, "task_type": task_type, "inference_mode": True}
+    if jax.process_index() == 0:
+        disk.write(target, config, tensors, readme.format(base=source or ""))
+    _meet("save: written")
+    return target
+
+
+def load(params: tree.Params, names: Names, num_layers: int, directory: str | os.PathLike[str]) -> tree.Params:
+    """The parameters with an adapter on them, made by peft or by `save`; the base's buffers are shared.
+
+    Raises AdapterError naming what is not understood, missing, left over or of another shape."""
+    where = Path(directory).expanduser().absolute()
+    config, tensors = disk.read(where)
+    if config.get("peft_type") == native.PEFT_TYPE:
+        params = native.restore(where, config, tensors, params)
+    else:
+        params = hf.restore(where, config, tensors, params, names, num_layers)
+    if tensors:
+        remedy = "Nothing here uses them, so the model would not be the one that was saved."
+        raise AdapterError(
+            where, f"unused tensors {disk.some(sorted(tensors))}", "only tensors of this adapter", remedy
+        )
+    return params
+
+
+def _selected(params: tree.Params, methods: Sequence[Any]) -> set[str]:
+    """Paths of the model's own arrays that the patterns of ``methods`` select."""
+    patterns = [pattern for config in methods if (pattern := method_of(config).select(config)) is not None]
+    if not patterns:
+        return set()
+    chosen = [tree.trainable_mask(params, pattern) for pattern in patterns]
+    return {path for mask in chosen for path, hit in tree.paths(mask) if any(jax.tree.leaves(hit))}
+
+
+def _own_stacked(w: Any) -> Any:
+    """A Weight whose own arrays are stacked again where unrolling has split them; the base stays as it is."""
+    if not isinstance(w, Weight):
+        return w
+    fields = {f.name: (f, getattr(w, f.name)) for f in dataclasses.fields(w)}  # type: ignore[arg-type]
+    own = {n: v for n, (f, v) in fields.items() if w.adapter and role(f) != PARAMETER}
+    return dataclasses.replace(
+        w,  # type: ignore[type-var]
+        **{n: tree.stack_layers(v) for n, v in own.items()},
+        **{n: _own_stacked(v) for n, (_, v) in fields.items() if isinstance(v, Weight) and n not in own},
+    )
+
+
+def _meet(where: str) -> None:
+    """Waits for every process of a run on several hosts."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
