@@ -4,7 +4,7 @@
 beside it, and the `Format` in which peft stores it; or a mask, or a slot, with an ``adapt`` of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,37 @@ import jax
 from jaxft.core import hooks as hooks_
 from jaxft.core import tree
 from jaxft.core.hooks import Hooks
-from jaxft.peft import adalora, adalora_hf, boft, bottleneck, full, hra, ia3, lora, lora_hf, oft, road, sites, vera
+from jaxft.peft import (
+    adalora,
+    adalora_hf,
+    boft,
+    bottleneck,
+    calibration,
+    dora,
+    full,
+    hra,
+    ia3,
+    lora,
+    lora_fa,
+    lora_hf,
+    oft,
+    road,
+    sites,
+    vera,
+)
 from jaxft.peft.adalora import AdaLoRA
 from jaxft.peft.boft import BOFT
 from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
+from jaxft.peft.calibration import Calibration
+from jaxft.peft.dora import DoRA
 from jaxft.peft.formats import Format
 from jaxft.peft.full import Full
 from jaxft.peft.hra import HRA
 from jaxft.peft.ia3 import IA3
 from jaxft.peft.lora import LoRA, LoRAWeight
+from jaxft.peft.lora_data import EVA, CorDA
+from jaxft.peft.lora_fa import LoRAFA
+from jaxft.peft.lora_init import LoftQ
 from jaxft.peft.oft import OFT
 from jaxft.peft.road import RoAd
 from jaxft.peft.sites import Site, Targeted
@@ -43,13 +65,17 @@ class Method:
     """Factors of the learning rate: a regex searched in paths of trained arrays to its factor."""
     hooks: Callable[[Any, tree.Params, int], Hooks] = lambda config, params, steps: hooks_.NONE
     """(config, params, steps of the run) -> what it does in each training step besides the forward pass."""
+    calibrate: Callable[[Any], Calibration | None] = lambda config: None
+    """What its initialisation asks of the layers' inputs, if it begins from data: see `calibrate`."""
     hf: Format | None = None
     """How it is stored in Hugging Face's format; None for a method that has no adapter of its own there."""
 
 
 METHODS: dict[str, Method] = {
     "full": Method(full.Full, lr=2e-5, adapt=full.adapt, select=lambda config: config.select),
-    "lora": Method(lora.LoRA, lr=2e-4, hf=lora_hf.FORMAT),
+    "lora": Method(lora.LoRA, lr=2e-4, groups=lora.groups, calibrate=lora.calibration, hf=lora_hf.FORMAT),
+    "lora_fa": Method(lora_fa.LoRAFA, lr=5e-4, groups=lora.groups, calibrate=lora.calibration, hf=lora_fa.FORMAT),
+    "dora": Method(dora.DoRA, lr=2e-4, groups=lora.groups, calibrate=lora.calibration, hf=dora.FORMAT),
     "adalora": Method(adalora.AdaLoRA, lr=1e-3, hooks=adalora.hooks, hf=adalora_hf.FORMAT),
     "houlsby": Method(bottleneck.Houlsby, lr=3e-4),
     "pfeiffer": Method(bottleneck.Pfeiffer, lr=3e-4, adapt=bottleneck.adapt),
@@ -73,16 +99,35 @@ def method_of(config: Any) -> Method:
     raise TypeError(f"got {config!r}; expected one of {', '.join(m.config.__name__ for m in METHODS.values())}")
 
 
-def adapt(model: Any, key: jax.Array, method: Any) -> tree.Params:
+def adapt(model: Any, key: jax.Array, method: Any, statistics: Mapping[str, Any] | None = None) -> tree.Params:
     """The model's parameters with one method, or a list of them in order, applied.
 
     ``model`` has ``params`` and ``names``; ``method`` is a config such as ``LoRA(rank=16)``. The base's buffers are
-    shared, not copied."""
-    return adapt_for_training(model, key, method if isinstance(method, list | tuple) else [method])[0]
+    shared, not copied. ``statistics``: what `calibrate` returned, for a method that begins from data."""
+    return adapt_for_training(model, key, method if isinstance(method, list | tuple) else [method], statistics)[0]
+
+
+def calibrate(
+    model: Any, batches: Iterable[Any], method: Any, forward: calibration.Forward | None = None
+) -> dict[str, Any]:
+    """What the data show of the inputs of the weights that ``method`` adapts, by path: ``statistics`` for `adapt`.
+
+    ``batches`` are dicts with ``tokens`` int32[B, T], documents padded on the right, or of any shape with ``segments``;
+    ``loss_mask`` bool[B, T], where there is one, says which positions carry loss. ``forward(params, batch)`` is any
+    array computed from the model's output; default: ``model.logprobs``. Raises ValueError for a method that begins
+    without data, and for targets that cannot be measured."""
+    need = method_of(method).calibrate(method)
+    if need is None:
+        raise ValueError(
+            f"calibrate: got {method!r}; expected a method that begins from data, such as LoRA(init='eva')"
+        )
+    if forward is None:
+        forward = lambda params, batch: model.logprobs(params, batch["tokens"], batch.get("segments"))  # noqa: E731
+    return need.solve(calibration.measure(model.params, model.names, method, need, batches, forward))
 
 
 def adapt_for_training(
-    model: Any, key: jax.Array, methods: Sequence[Any]
+    model: Any, key: jax.Array, methods: Sequence[Any], statistics: Mapping[str, Any] | None = None
 ) -> tuple[tree.Params, tree.Params, tree.Params]:
     """(parameters, mask of what trains, default learning rate of each trained array): see `adapt`.
 
@@ -90,7 +135,8 @@ def adapt_for_training(
     params, rates = model.params, dict[int, float]()
     for i, config in enumerate(methods):
         row = method_of(config)
-        params = row.adapt(params, model.names, jax.random.fold_in(key, i), config)
+        measured = {"statistics": statistics} if row.calibrate(config) else {}
+        params = row.adapt(params, model.names, jax.random.fold_in(key, i), config, **measured)
         for leaf in _trained(params, row.select(config)):
             rates.setdefault(id(leaf), row.lr)
     patterns = [pattern for c in methods if (pattern := method_of(c).select(c)) is not None]
@@ -121,16 +167,21 @@ def _trained(params: tree.Params, select: str | None) -> list[jax.Array]:
 
 __all__ = [
     "BOFT",
+    "EVA",
     "HRA",
     "IA3",
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "CorDA",
+    "DoRA",
     "Format",
     "Full",
     "Houlsby",
     "LoRA",
+    "LoRAFA",
     "LoRAWeight",
+    "LoftQ",
     "Method",
     "Parallel",
     "Pfeiffer",
@@ -139,6 +190,7 @@ __all__ = [
     "Targeted",
     "VeRA",
     "adapt",
+    "calibrate",
     "hooks",
     "method_of",
 ]

@@ -1,7 +1,10 @@
 """LoRA in peft's format: torch's [out, in] factors of each layer's module, to and from our stacks.
 
-Linear: ``M.lora_A.weight`` [r, in] and ``M.lora_B.weight`` [out, r]. Embedding: ``M.lora_embedding_A`` [r, vocab] and
-``M.lora_embedding_B`` [features, r]. Padding to the largest rank and layers that are not adapted exist only here.
+Linear: ``M.lora_A.weight`` [r, in], ``M.lora_B.weight`` [out, r] and ``M.lora_B.bias``. Embedding:
+``M.lora_embedding_A`` [r, vocab] and ``M.lora_embedding_B`` [features, r]. Padding to the largest rank and layers that
+are not adapted exist only here. What was taken out of the base is written as factors of its own: [A, A0] [B; -B0] is an
+adapter of the base as it was. An adapter of a base that LoftQ quantised says so, and the base is quantised again when
+it is loaded.
 """
 
 import dataclasses
@@ -15,48 +18,74 @@ from jaxft.peft import lora, places
 from jaxft.peft.disk import AdapterError, Tensors
 from jaxft.peft.formats import Fields, Format, padded
 from jaxft.peft.lora import LoRA, LoRAWeight
+from jaxft.peft.lora_init import LoftQ
 
 # init_lora_weights that leave the base as it is; the others (pissa, olora, loftq, corda, lora_ga) subtract from it
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+BIAS = "lora_B.bias"
+QUANTIZER = "normal_float"  # under this key peft's loftq_config says that the quantiser was ours
 
 
 def config_of(config: Fields) -> LoRA:
     """Our settings from peft's."""
-    return LoRA(
-        rank=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
-        dropout=float(config.get("lora_dropout", 0.0)),
-        rslora=bool(config.get("use_rslora", False)),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
-    )
+    return LoRA(**settings(config))
+
+
+def settings(config: Fields) -> dict[str, Any]:
+    """Fields of our config from peft's."""
+    fields = {
+        "rank": config.get("r", 8),
+        "alpha": config.get("lora_alpha", 8),
+        "dropout": float(config.get("lora_dropout", 0.0)),
+        "rslora": bool(config.get("use_rslora", False)),
+        "lora_bias": bool(config.get("lora_bias", False)),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "ensure_weight_tying": bool(config.get("ensure_weight_tying")),
+    }
+    if config.get("init_lora_weights") == "loftq":
+        made = config["loftq_config"]
+        fields |= {"init": "loftq", "loftq": LoftQ(made["loftq_bits"], made["loftq_iter"])}
+    return fields
 
 
 def describe(w: LoRAWeight) -> Fields:
     """What all adapted modules have in common."""
-    fields = {"lora_dropout": w.rate, "init_lora_weights": True}
+    fields: Fields = {"lora_dropout": w.rate, "init_lora_weights": True}
     # newer fields only where they say something: an older peft refuses a field it does not know
-    return fields | ({"use_rslora": True} if w.rslora else {})
+    fields |= ({"use_rslora": True} if w.rslora else {}) | ({"lora_bias": True} if w.bias is not None else {})
+    if w.loftq is not None:
+        bits, iterations = w.loftq
+        made = {"loftq_bits": bits, "loftq_iter": iterations, QUANTIZER: True}
+        fields |= {"init_lora_weights": "loftq", "loftq_config": made}
+    return fields
 
 
 def values(w: LoRAWeight) -> Fields:
     """Rank and alpha of one layer."""
-    return {"r": int(w.rank), "lora_alpha": _alpha(float(w.scale), int(w.rank), w.rslora)}
+    rank = int(w.rank) * (1 if w.a0 is None else 2)
+    return {"r": rank, "lora_alpha": _alpha(float(w.scale), rank, w.rslora)}
 
 
 def write(w: LoRAWeight) -> Tensors:
     """One layer's factors, without padding."""
-    rank = int(w.rank)
-    a, b = np.asarray(w.a), np.asarray(w.b)
-    return dict(zip(EMBEDDING if w.lookup else LINEAR, (a[:, :rank].T, b[:rank].T), strict=True))
+    a, b = np.asarray(w.a)[:, : w.rank], np.asarray(w.b)[: w.rank]
+    if w.a0 is not None:
+        a = np.concatenate([a, np.asarray(w.a0)[:, : w.rank]], axis=1)
+        b = np.concatenate([b, -np.asarray(w.b0)[: w.rank]])
+    factors = dict(zip(EMBEDDING if w.lookup else LINEAR, (a.T, b.T), strict=True))
+    return factors if w.bias is None else factors | {BIAS: np.asarray(w.bias)}
 
 
-def read(w: LoRAWeight, tensors: Tensors) -> LoRAWeight:
+def read(w: Any, tensors: Tensors) -> Any:
     """One layer with its factors."""
     a, b = (tensors[key].T for key in (EMBEDDING if w.lookup else LINEAR))
-    return dataclasses.replace(w, a=padded(a, np.asarray(w.a)), b=padded(b, np.asarray(w.b)))
+    fields = {"a": a[:, : w.rank], "b": b[: w.rank]}
+    if w.a0 is not None:
+        fields |= {"a0": a[:, w.rank :], "b0": -b[w.rank :]}
+    fields = {name: padded(array, np.asarray(getattr(w, name))) for name, array in fields.items()}
+    return dataclasses.replace(w, **fields, bias=tensors.get(BIAS))
 
 
 def tied_head(found: dict[str, Any], names: Names) -> Tensors:
@@ -88,9 +117,9 @@ def _alpha(scale: float, rank: int, rslora: bool) -> float:
 
 
 def refuse(where: object, config: Fields) -> None:
-    """Raises AdapterError for an initialisation that changed the base."""
+    """Raises AdapterError for an initialisation that changed the base, unless it can be done again."""
     init = config.get("init_lora_weights", True)
-    if init not in INITS:
+    if init not in INITS and not (init == "loftq" and (config.get("loftq_config") or {}).get(QUANTIZER)):
         remedy = (
             "That initialisation subtracted from the base weights, so the factors alone do not fit the original model. "
             "Save it again in peft with save_pretrained(..., path_initial_model_for_weight_conversion=...)."
@@ -103,12 +132,13 @@ FORMAT = Format(
     leaf=LoRAWeight,
     fields=(
         "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora",
-        "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
-        "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "corda_config", "lora_ga_config",
+        "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights", "lora_bias",
+        "loftq_config", "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "corda_config",
+        "lora_ga_config",
     ),
     config=config_of,
     describe=describe,
-    suffixes=(*LINEAR, *EMBEDDING),
+    suffixes=(*LINEAR, *EMBEDDING, BIAS),
     write=write,
     read=read,
     values=values,
@@ -116,4 +146,5 @@ FORMAT = Format(
     refuse=refuse,
     common=tied_head,
     prepare=drop_tied_head,
+    claims=lambda config: not config.get("use_dora"),
 )  # fmt: skip

@@ -4,7 +4,7 @@ A method is a config that inherits `Targeted` and says in ``wrap(site)`` which W
 walk over the model, tied heads, layers left out, and what is trained whole beside it are the same for all, and here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -97,7 +97,7 @@ def adapt(
     names: Names,
     key: jax.Array,
     config: Targeted,
-    statistics: dict[str, Any] | None = None,
+    statistics: Mapping[str, Any] | None = None,
 ) -> tree.Params:
     """Wraps every selected weight by ``config.wrap``; trains `modules_to_save` and `bias` in place.
 
@@ -107,16 +107,7 @@ def adapt(
     if config.outside and config.bias != "none":
         remedy = f"{type(config).__name__} maps outputs, biases included. Add the method full with select=bitfit."
         raise ValueError(f"peft.bias: got {config.bias!r}; expected none: {remedy}")
-    found = targets.find(
-        places.rows(names),
-        num_layers,
-        config.targets,
-        exclude=config.exclude,
-        layers=config.layers,
-        saved=config.modules_to_save,
-    )
-    if config.ensure_weight_tying and any(t.name.path == places.TOKENS for t in found):
-        found = [t for t in found if not places.is_tied_head(params, t.name)]  # the head follows the embedding
+    found = find(params, names, config)
     for field in config.patterns:
         targets.refuse_unused(field, getattr(config, field), found)
     shared = config.share([places.sizes(params, t.name) for t in found], jax.random.fold_in(key, len(found)))
@@ -127,6 +118,21 @@ def adapt(
     if config.bias != "none":
         params = whole.adapt_biases(params, names, config.bias, {t.name.path for t in found})
     return params
+
+
+def find(params: tree.Params, names: Names, config: Targeted) -> list[targets.Target]:
+    """What ``config`` selects; a tied head that is to follow its embedding is no target of its own."""
+    found = targets.find(
+        places.rows(names),
+        tree.num_layers(params),
+        config.targets,
+        exclude=config.exclude,
+        layers=config.layers,
+        saved=config.modules_to_save,
+    )
+    if config.ensure_weight_tying and any(t.name.path == places.TOKENS for t in found):
+        found = [t for t in found if not places.is_tied_head(params, t.name)]
+    return found
 
 
 def wrap(
