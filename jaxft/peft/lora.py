@@ -185,7 +185,7 @@ class LoRAWeight(Weight):
     b: jax.Array = trainable()
     scale: jax.Array
     rank: jax.Array
-    bias: jax.Array | None = trainable(default=None)
+    bias: Any = trainable(default=None)
     a0: Any = None
     b0: Any = None
     key: jax.Array | None = None
