@@ -18,6 +18,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("jaxft.cli.generate", "Answer prompts"),
     "chat": ("jaxft.cli.chat", "Talk with a model in the terminal"),
     "eval": ("jaxft.cli.eval", "Measure loss, perplexity and exact match on held-out data"),
+    "compare": ("jaxft.cli.compare", "Train many methods on one task at one size, and rank them"),
     "merge": ("jaxft.cli.merge", "Work an adapter into its model's weights"),
     "export": ("jaxft.cli.export", "Write a model or adapter for others to load, or push it to the hub"),
     "data": ("jaxft.cli.data", "Show the exact tokens, which of them are learnt, and length statistics"),

@@ -20,7 +20,8 @@ from jaxft.cli import answers, assemble, target
 from jaxft.cli.target import Target
 from jaxft.config import RunConfig
 from jaxft.core import tree
-from jaxft.data import DataConfig, Examples, Loader
+from jaxft.data import DataConfig, Examples, Loader, records
+from jaxft.data.records import Row
 from jaxft.model import Model
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
@@ -36,6 +37,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     target.add(parser, ("model", "data", "objective", "train", "eval", "generate", "mesh"))
     parser.add_argument(
         "--limit", type=int, metavar="N", help="prompts to answer for exact match; default: all, 0: none"
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=0,
+        metavar="K",
+        help="show K rows of data.path with their answers before each prompt",
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="replies to show; default: 3")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -55,7 +63,7 @@ def command(args: argparse.Namespace) -> int:
     how = assemble.execution(dataclasses.replace(config, train=dataclasses.replace(config.train, unroll="never")), mesh)
     examples, form, source = held_out(config.data, model)
     values = losses(config, model, params, examples, how)
-    said = _replies(found, model, params, examples, form, how, args.limit)
+    said = _replies(found, model, params, examples, form, how, args.limit, args.shots)
     if said:
         values["exact_match"] = sum(reply.exact for reply in said) / len(said)
     if args.replies is not None:
@@ -103,14 +111,32 @@ def losses(
 
 
 def _replies(
-    found: Target, model: Model, params: tree.Params, examples: Examples, form: str, how: Execution, limit: int | None
+    found: Target,
+    model: Model,
+    params: tree.Params,
+    examples: Examples,
+    form: str,
+    how: Execution,
+    limit: int | None,
+    shots: int,
 ) -> list[Reply]:
     """Greedy replies to the data's prompts; none where the data are plain text."""
     config = found.config
-    prompts = [] if limit == 0 else data.prompts(examples.source_rows()[:limit], form, config.data, model.tokenizer)
+    rows = [] if limit == 0 else examples.source_rows()[:limit]
+    prompts = data.prompts(rows, form, config.data, model.tokenizer, _shots(config.data, shots))
     greedy = dataclasses.replace(config.generate, temperature=0.0)
     end = answers.ends(config, model)
     return replies.replies(model.config, params, prompts, model.tokenizer, greedy, end, execution=how)
+
+
+def _shots(config: DataConfig, count: int) -> list[Row]:
+    """The first rows of the training data, to be shown with their answers. Raises ConfigError if there are none."""
+    if count == 0:
+        return []
+    if config.eval_path is None and config.eval_split is None:
+        raise ConfigError("--shots takes rows of data.path, which is evaluated itself; name other rows: data.eval_path")
+    found = records.read(config.path, config.split, config.subset, count, config.columns).rows(0, count)
+    return [row for row in found if isinstance(row, Row)]
 
 
 def _show(source: str, examples: Examples, values: dict[str, float], said: list[Reply], samples: int) -> None:

@@ -22,19 +22,37 @@ class Prompt:
     where: str
 
 
-def prompts(rows: Sequence[Row], format: str, config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> list[Prompt]:
-    """One prompt a row (see `Examples.source_rows`): a chat up to its last reply, or a pair's prompt; text has none."""
+def prompts(
+    rows: Sequence[Row],
+    format: str,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    shots: Sequence[Row] = (),
+) -> list[Prompt]:
+    """One prompt a row (see `Examples.source_rows`): a chat up to its last reply, or a pair's prompt; text has none.
+
+    ``shots``: rows of the same format, shown with their answers before each prompt: turns of the same chat, or pairs
+    with an empty line between them."""
     forms = [(formats.convert(row, format), row) for row in rows]
+    shown = [formats.convert(row, format) for row in shots]
+    before = "".join(f"{s.prompt}{s.completion}\n\n" for s in shown if isinstance(s, formats.Pair))
+    turns = [
+        turn for s in shown if isinstance(s, formats.Conversation) for turn in s.messages if turn["role"] != "system"
+    ]
     chats = any(isinstance(form, formats.Conversation) for form, _ in forms)
     render = template.renderer(tokenizer, config.template, config.template_options) if chats else None
     prefix, _ = encode.ends(tokenizer)
     found = []
     for form, row in forms:
         if isinstance(form, formats.Pair):
-            ids = tuple(prefix + tokenizer(form.prompt, add_special_tokens=False)["input_ids"])
-            found.append(Prompt(form.prompt, ids, form.completion, row.where))
+            text = before + form.prompt
+            ids = tuple(prefix + tokenizer(text, add_special_tokens=False)["input_ids"])
+            found.append(Prompt(text, ids, form.completion, row.where))
         elif isinstance(form, formats.Conversation) and render is not None:
-            text = template.text(render, form.messages[:-1], form.tools, prompt=True)
+            system = [turn for turn in form.messages[:-1] if turn["role"] == "system"]
+            own = [turn for turn in form.messages[:-1] if turn["role"] != "system"]
+            messages = (*system, *turns, *own) if turns else form.messages[:-1]
+            text = template.text(render, messages, form.tools, prompt=True)
             ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
             found.append(Prompt(text, ids, form.messages[-1]["content"], row.where))
     return found

@@ -107,9 +107,8 @@ def test_the_report_lists_every_failure(monkeypatch):
     with pytest.raises(AssertionError) as caught:
         testing.check_method(Gain(fault="start"), model=False)
     said = str(caught.value)
-    assert (
-        said.startswith("Gain breaks 4 properties") and "At initialisation the adapted weight equals the base" in said
-    )
+    assert said.startswith("Gain breaks 3 properties")  # the layer of the fourth row that is looked at is left out
+    assert "At initialisation the adapted weight equals the base" in said
     assert "a stack of matrices: x @ w before training" in said
 
 
