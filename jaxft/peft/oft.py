@@ -9,8 +9,7 @@ Qiu et al. 2025, "Orthogonal Finetuning Made Scalable", eq. 3 and 5 (arXiv:2506.
 :math:`\|Q_i\|_F \le \epsilon/\sqrt{n}`: it is scaled back where it is used, and the gradient is that of the scaled one.
 
 A module of width ``in`` in blocks of b trains in (b - 1) / 2 numbers, b (b - 1) / 2 if its blocks are shared. As in
-peft the exact inverse turns the other way, ``(I - Q)(I + Q)^-1``. peft takes no module_dropout into account either.
-What turns is ``x + x (R - I)``: in bfloat16 R itself would round small angles away.
+peft the exact inverse turns the other way, ``(I - Q)(I + Q)^-1``. peft's module_dropout does nothing, there or here.
 """
 
 import dataclasses

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
 import torch
 
@@ -15,9 +14,8 @@ from jaxft import peft as jaxft_peft
 from jaxft.core import tree
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, InPlace
-from jaxft.models import decoder, heads
-from jaxft.peft import LoRA, disk, lora, sites
-from tests.peft import pairs
+from jaxft.peft import LoRA, lora, sites
+from tests.peft import gradients, pairs
 
 L, D, F = 3, 64, 48
 NAMES = (Name("layers/w", "model.layers.{}.w", "linear"), Name("head", "lm_head", "linear"))
@@ -109,31 +107,7 @@ def test_gradients_of_one_step_equal_torch(case, tmp_path, key):
     """Of the mean cross-entropy, tensor by tensor: both sides written in peft's names."""
     name, config = GRADIENTS[case]
     params = pairs.adapted(name, config, key)
-    directory = pairs.save(name, params, tmp_path / "adapter")
-    made = pairs.quietly(peft.PeftModel.from_pretrained, pairs.torch_model(name), str(directory), is_trainable=True)
-    batch = torch.as_tensor(pairs.TOKENS).long()
-    made(batch, labels=batch).loss.backward()
-    theirs = {
-        key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): p.grad.numpy()
-        for key, p in made.named_parameters()
-        if p.requires_grad
-    }
-    trainable, frozen = tree.partition(params, tree.trainable_mask(params))
-    gradient = jax.jit(jax.grad(lambda t: _loss(name, tree.combine(t, frozen))))(trainable)
-    # a gradient has the structure of what it is of, so the writer of adapters gives its tensors peft's names
-    _, tensors = disk.read(pairs.save(name, tree.combine(gradient, frozen), tmp_path / "gradient"))
-    assert set(tensors) == set(theirs)
-    for tensor, expected in theirs.items():
-        assert np.abs(expected).max() > 0
-        np.testing.assert_allclose(tensors[tensor], expected, rtol=1e-5, atol=1e-5, err_msg=tensor)
-
-
-def _loss(name: str, params: tree.Params) -> jax.Array:
-    config = pairs.ours(name).config
-    tokens = jnp.asarray(pairs.TOKENS)
-    hidden, _, _ = decoder.forward(config, params, tokens, None, None)
-    logits = heads.logits(config, heads.head_of(config, params), hidden[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1))
+    gradients.equal_torch(name, params, tmp_path)
 
 
 def test_padding_and_unadapted_layers_never_move():
