@@ -84,7 +84,7 @@ def export_biases(
             tensors |= _layers(name, {key: bias.value}, num_layers, False)
     biased = {n.path for n in names if n.bias and not isinstance(places.get(params, n), InPlace)}
     if not trained:
-        return {}, tensors  # not every config has the field
+        return {}, tensors, written  # not every config has the field
     for word, paths in (("lora_only", biased & set(found)), ("all", biased)):
         if trained == paths:
             return {"bias": word}, tensors, written
