@@ -52,7 +52,7 @@ def export(where: object, params: tree.Params, names: Names, num_layers: int) ->
         config |= fields
         tensors |= more
         written += these
-    if not form.biases and config.pop("bias") != "none":
+    if not form.biases and "bias" in config:
         raise AdapterError(where, "trained biases", f"none: peft's {form.peft_type} has no such setting")
     config |= {"ensure_weight_tying": True} if places.follows(params, names) else {}
     _refuse_rest(where, params, written)
