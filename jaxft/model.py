@@ -17,12 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.checkpoint import hf, hub, tokenizer, writer
 from jaxft.checkpoint.reader import Place
 from jaxft.core import many, tree
 from jaxft.core.names import Names
-from jaxft.models import families, init
+from jaxft.models import families, init, slots
 from jaxft.models.config import ModelConfig
 from jaxft.peft import store
 from jaxft.rollout import generate, score
@@ -73,11 +74,15 @@ class Model:
         ``tokens`` int32[B, T], rows of one document each, padded on the right with any id (what is returned for padding
         means nothing). ``segments`` int32[B, T] allows any padding (0) and several documents a row (from 1): 0 is
         returned where the next token is padding or starts a document. ``adapters``: of stacked adapters
-        (`stack_adapters`), the one that each row uses; -1 is the base."""
+        (`stack_adapters`), the one that each row uses; -1 is the base. A learnt prompt goes before every document."""
         params = params if adapters is None else many.for_rows(params, adapters)
         tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
-        segments_BT = None if segments_BT is None else jnp.asarray(segments_BT, jnp.int32)
-        return _logprobs(self.config, params, tokens_BT, segments_BT)
+        reserved = slots.prompt_length(params)
+        if segments_BT is None or not reserved:
+            segments_BT = None if segments_BT is None else jnp.asarray(segments_BT, jnp.int32)
+            return _logprobs(self.config, params, tokens_BT, segments_BT)[:, 1:]
+        *wide, index_BT = score.make_room(np.asarray(tokens_BT), np.asarray(segments_BT), reserved)
+        return jnp.take_along_axis(_logprobs(self.config, params, *wide), index_BT, axis=1)[:, 1:]
 
     def generate(
         self,
@@ -89,17 +94,19 @@ class Model:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        task: int = 0,
         adapters: Sequence[int] | None = None,
     ) -> list[str]:
         """One completion for each prompt: a text to be continued, or a chat's messages to be answered.
 
-        ``temperature`` 0 is greedy. The same seed gives the same texts. ``adapters``: of stacked adapters
-        (`stack_adapters`), the one that each prompt uses; -1 is the base. Raises ValueError without a tokenizer."""
+        ``temperature`` 0 is greedy. The same seed gives the same texts. ``task`` chooses a multitask prompt's.
+        ``adapters``: of stacked adapters (`stack_adapters`), the one that each prompt uses; -1 is the base. Raises
+        ValueError without a tokenizer."""
         if isinstance(prompts, str):
             raise TypeError(f"prompts: got one string; expected a list of them, such as [{prompts[:20]!r}]")
         settings = GenerateConfig(max_new_tokens, temperature, top_k, top_p, seed)
-        rows = [self._encode(p) for p in prompts]
-        made = generate.generate(self.config, params, rows, settings, self.ends, adapters=adapters)
+        rows, tasks = [self._encode(p) for p in prompts], [task] * len(prompts) if task else None
+        made = generate.generate(self.config, params, rows, settings, self.ends, tasks=tasks, adapters=adapters)
         return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made]
 
     def _encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
@@ -115,18 +122,8 @@ class Model:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(config: ModelConfig, params: tree.Params, tokens_BT: jax.Array, segments_BT: jax.Array | None):
-    batch = {"tokens": tokens_BT}
-    if segments_BT is not None:
-        batch |= {"segments": segments_BT, "positions": _positions(segments_BT)}
-    scored = score.make_score(config, dtype=params["embed"]["tokens"].dtype)
-    return scored("policy", params, batch)["logp"][:, 1:]
-
-
-def _positions(segments_BT: jax.Array) -> jax.Array:
-    """Positions that restart wherever the segment changes: int32[B, T]."""
-    at = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
-    starts = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return at - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)
+    batch = {"tokens": tokens_BT} | ({} if segments_BT is None else {"segments": segments_BT})
+    return score.make_score(config, dtype=params["embed"]["tokens"].dtype)("policy", params, batch)["logp"]
 
 
 def load(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import data
+from jaxft.cli import assemble
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import Examples, Prompt, template
@@ -25,7 +26,7 @@ def chosen(config: RunConfig, held_out: Examples | None, form: str, base: Model)
     if held_out is None or wanted == 0:
         return []
     found = data.prompts(held_out.source_rows()[:wanted], form, config.data, base.tokenizer)
-    room = base.config.max_positions - config.generate.max_new_tokens
+    room = base.config.max_positions - config.generate.max_new_tokens - sum(assemble.virtual(config).values())
     return [prompt for prompt in found if len(prompt.tokens) <= room] if base.config.learned_positions else found
 
 

@@ -17,9 +17,9 @@ from jaxft.config import RunConfig
 from jaxft.core import hooks as hooks_
 from jaxft.core import tree
 from jaxft.core.hooks import Hooks
-from jaxft.data import Loader, Prepared
+from jaxft.data import Examples, Loader, Prepared
 from jaxft.model import Model
-from jaxft.models import flops
+from jaxft.models import flops, slots
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
 from jaxft.rollout import score
@@ -137,15 +137,32 @@ def start(
     return optimizer, first_state, places
 
 
+def virtual(config: RunConfig) -> dict[str, int]:
+    """Length of each slot that the methods make: `prompt`, `prefix`."""
+    methods = [choice.value for choice in config.peft]
+    return {method.slot: method.tokens for method in methods if isinstance(method, peft.Slotted)}
+
+
 def loaders(config: RunConfig, prepared: Prepared) -> tuple[Loader, Any]:
     """Endless training batches, and a function that starts the held-out ones anew (None: there are none)."""
-    rows = config.train.batch * config.train.accumulate
-    train = Loader(prepared.train, config.data, batch_rows=rows)
+    rows, reserved = config.train.batch * config.train.accumulate, virtual(config).get("prompt", 0)
+    train = Loader(prepared.train, config.data, batch_rows=rows, reserved=reserved)
     if prepared.held_out is None:
         return train, None
     fixed = dataclasses.replace(config.data, shuffle=False)
     held = prepared.held_out
-    return train, lambda: Loader(held, fixed, batch_rows=rows, epochs=1)
+    return train, lambda: Loader(held, fixed, batch_rows=rows, epochs=1, reserved=reserved)
+
+
+def check_tasks(params: tree.Params, *examples: Examples | None) -> None:
+    """Raises ValueError for examples of a task that the model has no prompt for."""
+    known = slots.tasks(params)
+    last = max((int(part.tasks.max(initial=0)) for part in examples if part is not None), default=0)
+    if last >= known:
+        raise ValueError(
+            f"data.task_column: the data have a task {last}; the model has a prompt for {known}, from 0 on. Train with "
+            "peft.method=multitask_prompt_tuning and enough peft.tasks, or leave data.task_column out."
+        )
 
 
 def flops_per_token(config: RunConfig, base: Model, parts: Split) -> float:

@@ -8,6 +8,7 @@ from jaxft import config, data
 from jaxft.checkpoint import hub, tokenizer
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.cli import arguments as arguments_
+from jaxft.cli import assemble
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +24,6 @@ def command(args: argparse.Namespace) -> int:
     found = tokenizer.load(directory)
     if found is None:
         raise CheckpointError(directory, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")
-    data.preview(wanted.data, found, Console(), rows=args.rows)
+    reserved = assemble.virtual(wanted).get("prompt", 0)
+    data.preview(wanted.data, found, Console(), rows=args.rows, reserved=reserved)
     return 0

@@ -23,6 +23,7 @@ from jaxft.core import tree
 from jaxft.data import DataConfig, Examples, Loader, records
 from jaxft.data.records import Row
 from jaxft.model import Model
+from jaxft.models import slots
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
 from jaxft.rollout import replies
@@ -104,7 +105,9 @@ def losses(
     score = assemble.scorer(config, model, how)
     eval_step = step.make_eval_step(objective, config.objective.value, score)
     settings = dataclasses.replace(config.data, shuffle=False)
-    batches = lambda: Loader(examples, settings, batch_rows=config.train.batch, epochs=1)  # noqa: E731
+    assemble.check_tasks(params, examples)
+    reserved = slots.prompt_length(params)
+    batches = lambda: Loader(examples, settings, batch_rows=config.train.batch, epochs=1, reserved=reserved)  # noqa: E731
     nothing = jax.tree.map(lambda leaf: None, params)
     measured = evaluate.held_out(eval_step, nothing, batches, mesh_.placer(how.mesh), config.eval)
     return dict(measured(0, TrainState(jnp.int32(0), params, None, None, {}, None, jax.random.key(0))))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxft.cli import answers
+from jaxft.cli import answers, assemble
 from jaxft.config import RunConfig
 from jaxft.training.loop import Result
 
@@ -23,14 +23,13 @@ def show(console: Console, config: RunConfig, result: Result, folder: Path, writ
     size = sum(file.stat().st_size for file in written.glob("*.safetensors"))
     kind = "adapter" if (written / "adapter_config.json").exists() else "model"
     console.print(f"\n{result.reason} after {result.step:,} steps. The {kind}: {written} ({size / 1e6:.2f} MB)")
-    console.print(
-        "Next:\n"
-        f"  jaxft chat {folder}                      talk with it\n"
-        f"  jaxft eval {folder} data.path=<rows>     loss and exact match on other rows\n"
-        f"  jaxft merge {folder} --out <folder>      a model for transformers or vLLM",
-        markup=False,
-        soft_wrap=True,
-    )
+    following = [
+        f"  jaxft chat {folder}                      talk with it",
+        f"  jaxft eval {folder} data.path=<rows>     loss and exact match on other rows",
+    ]
+    if not assemble.virtual(config):  # a prompt is part of no weight
+        following += [f"  jaxft merge {folder} --out <folder>      a model for transformers or vLLM"]
+    console.print("\n".join(["Next:", *following]), markup=False, soft_wrap=True)
 
 
 def _changes(console: Console, folder: Path) -> None:

@@ -57,6 +57,7 @@ def run(config: RunConfig) -> int:
     console.print(*train.report().lines(), sep="\n")
 
     parts = assemble.split(config, base, mesh)
+    assemble.check_tasks(parts.trainable, prepared.train, prepared.held_out)
     how = assemble.execution(config, mesh)
     steps = loop.total_steps(config.train, train.batches_per_epoch)
     hooks = assemble.hooks(config, parts, steps)

@@ -273,17 +273,17 @@ class Head(Transposed):
 
 
 class Slot(Weight):
-    """What is trained at a place of its own in the parameters (a prompt, a prefix) and is no map on a weight."""
+    """What is trained at a place of its own in the parameters (a prompt, a prefix) and is no map on a weight; ``dense``
+    makes the array, of ``shape``, that the model reads."""
 
     mergeable: ClassVar[bool] = False
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return ()
-
-    @property
     def dtype(self) -> Any:
         return jnp.dtype(jnp.float32)
+
+    def axes(self, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:  # all whole on every device
+        return {f.name: () for f in dataclasses.fields(self) if role(f) != STATIC}  # type: ignore[arg-type]
 
 
 def plain(w: Any) -> Any:

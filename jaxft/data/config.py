@@ -19,6 +19,8 @@ class DataConfig:
     """Use only the first so many rows; None uses all."""
     columns: dict[str, str] = field(default_factory=dict)
     """Rename columns before the format is recognised: `{question: prompt, answer: completion}`."""
+    task_column: str | None = None
+    """Column that numbers the task of a row, from 0, for multitask prompt tuning; None: every row is of task 0."""
     format: Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"] = "auto"
     """How rows are written; `auto` recognises it from the first good row, in the order of this list."""
     on_error: Literal["refuse", "skip"] = "refuse"

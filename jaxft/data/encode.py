@@ -35,6 +35,7 @@ class Encoder:
     """None for formats without chats."""
     format: str
     loss_on: str
+    task_column: str | None
     prefix: list[int]
     suffix: list[int]
     """What stands before and after a text that is not a chat: BOS where the tokenizer puts it itself, and EOS."""
@@ -46,13 +47,15 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The examples of some rows, flat: `tokens`, `loss`, and for each example its length, row and the row's key."""
+    """The examples of some rows, flat: `tokens`, `loss`, and for each example its length, row, and the row's key and
+    task."""
 
     tokens: np.ndarray
     loss: np.ndarray
     lengths: np.ndarray
     rows: np.ndarray
     keys: np.ndarray
+    tasks: np.ndarray
     errors: tuple[DataError, ...]
     silent: int
     """Rows in which no message is to be learnt."""
@@ -90,7 +93,7 @@ def encoder(tokenizer: "PreTrainedTokenizerFast", config: DataConfig, format: st
         raise DataError("", "tokenizer.eos_token", got, "one, to end what is learnt", remedy)
     names = sorted((str(token.content) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
     added = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-    return Encoder(tokenizer, render, format, config.loss_on, *ends(tokenizer), added)
+    return Encoder(tokenizer, render, format, config.loss_on, config.task_column, *ends(tokenizer), added)
 
 
 def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
@@ -98,13 +101,14 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
     texts: list[Text] = []
     numbers: list[int] = []
     keys: list[int] = []
+    tasks: list[int] = []
     errors: list[DataError] = []
     silent = 0
     for number, row in enumerate(rows, first):
         try:
             if isinstance(row, DataError):
                 raise row
-            found = texts_of(encoder, row)
+            found, task = texts_of(encoder, row), task_of(row, encoder.task_column)
         except DataError as error:
             errors.append(error)
             continue
@@ -112,6 +116,7 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
         texts += found
         numbers += [number] * len(found)
         keys += [key_of(row)] * len(found)
+        tasks += [task] * len(found)
     examples = tokenise(encoder, texts)
     return Chunk(
         np.concatenate([each.ids for each in examples] or [np.zeros(0, np.int32)]),
@@ -119,6 +124,7 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
         np.array([len(each.ids) for each in examples], np.int64),
         np.array(numbers, np.int64),
         np.array(keys, np.uint64),
+        np.array(tasks, np.int32),
         tuple(errors),
         silent,
         sum(each.cut for each in examples),
@@ -138,6 +144,15 @@ def texts_of(encoder: Encoder, row: Row) -> list[Text]:
     assert encoder.render is not None, "a chat in a data set without chats"
     laid = layout.lay_out(form, encoder.render, encoder.loss_on, row.where)
     return [Text([], each.text, [], each.spans) for each in laid]
+
+
+def task_of(row: Row, column: str | None) -> int:
+    """The number of the row's task; 0 where the data have no column for it."""
+    task = 0 if column is None else row.fields.get(column)
+    if isinstance(task, bool) or not isinstance(task, int) or task < 0:
+        remedy = "Number the tasks, or leave data.task_column out."
+        raise DataError(row.where, str(column), repr(task), "a whole number from 0 on", remedy)
+    return task
 
 
 def ends(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:

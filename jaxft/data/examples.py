@@ -48,6 +48,8 @@ class Examples:
     loss: np.ndarray
     offsets: np.ndarray
     rows: np.ndarray
+    tasks: np.ndarray
+    """The number of each example's task."""
     pad_id: int
     source: records.Records
     reading: Reading
@@ -55,10 +57,14 @@ class Examples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def task_at(self, token: int) -> int:
+        """The task of the example that holds this token."""
+        return int(self.tasks[np.searchsorted(self.offsets, token, side="right") - 1])
+
     def digest(self) -> str:
         """A hash of all tokens and masks: what a cursor belongs to."""
         state = hashlib.blake2b(digest_size=16)
-        for array in (self.tokens, self.loss, self.offsets):
+        for array in (self.tokens, self.loss, self.offsets, *([self.tasks] if self.tasks.any() else [])):
             state.update(np.ascontiguousarray(array).view(np.uint8).data)
         return state.hexdigest()
 
@@ -135,6 +141,7 @@ def load(
         np.concatenate([chunk.loss for chunk in chunks]),
         offsets,
         np.concatenate([chunk.rows for chunk in chunks]),
+        np.concatenate([chunk.tasks for chunk in chunks]),
         padding,
         source,
         reading(len(source), chunks),
@@ -228,5 +235,10 @@ def select(examples: Examples, keep: np.ndarray) -> Examples:
     tokens = np.repeat(keep, lengths)
     offsets = np.concatenate(([0], np.cumsum(lengths[keep]))).astype(np.int64)
     return dataclasses.replace(
-        examples, tokens=examples.tokens[tokens], loss=examples.loss[tokens], offsets=offsets, rows=examples.rows[keep]
+        examples,
+        tokens=examples.tokens[tokens],
+        loss=examples.loss[tokens],
+        offsets=offsets,
+        rows=examples.rows[keep],
+        tasks=examples.tasks[keep],
     )

@@ -22,13 +22,28 @@ FOREVER = 2**60
 
 
 class Loader:
-    """An iterator over batches `[batch_rows, T]`: `tokens`, `positions`, `loss_mask`, and `segments` if packed."""
+    """An iterator over batches `[batch_rows, T]`: `tokens`, `positions`, `loss_mask`, `segments` if packed, and
+    `task_ids` if the examples are of several tasks.
 
-    def __init__(self, examples: Examples, config: DataConfig, *, batch_rows: int, epochs: int | None = None):
+    With `reserved` positions for a prompt, `max_length` counts them too: packed, every document begins with so many
+    positions whose tokens mean nothing; otherwise rows are shorter by as much, and the model adds the prompt itself."""
+
+    def __init__(
+        self, examples: Examples, config: DataConfig, *, batch_rows: int, epochs: int | None = None, reserved: int = 0
+    ):
         """`epochs` None goes on for ever."""
         self.examples, self.config, self.batch_rows, self.epochs = examples, config, batch_rows, epochs
-        self.length = -(-config.max_length // config.length_multiple) * config.length_multiple
-        longest = 2**62 if config.packing == "wrapped" else config.max_length
+        self.reserved, room = reserved, config.max_length - reserved
+        if room < 2:
+            got, expected = f"{config.max_length} tokens", f"more than the {reserved} that the prompt takes, and 1"
+            raise DataError("", "data.max_length", got, expected, "Raise it, or use a shorter prompt.")
+        if config.packing == "wrapped" and examples.tasks.any():
+            got, remedy = "wrapped, with rows of several tasks", "Set data.packing=best_fit or none."
+            raise DataError("", "data.packing", got, "documents that do not share a prompt", remedy)
+        self.segmented = config.packing == "best_fit"
+        whole = -(-config.max_length // config.length_multiple) * config.length_multiple
+        self.length = whole if self.segmented else whole - reserved
+        longest = 2**62 if config.packing == "wrapped" else room
         found = pack.pieces(examples, longest, config.overlong)
         if not len(found):
             got, remedy = (
@@ -36,7 +51,7 @@ class Loader:
                 "See the report: raise data.max_length or set data.overlong.",
             )
             raise DataError("", "data", got, "at least one", remedy)
-        self.plan = pack.plan(found, self.length, config.packing)
+        self.plan = pack.plan(found, self.length, config.packing, reserved)
         self.batches_per_epoch = -(-len(self.plan) // batch_rows)
         self.total_batches = None if epochs is None else epochs * self.batches_per_epoch
         self._consumed = 0
@@ -63,7 +78,8 @@ class Loader:
         turn, index = divmod(int(number), self.batches_per_epoch)
         rows = self._rows(turn)
         first = index * self.batch_rows
-        return assemble(self.examples, rows, first, self.batch_rows, self.length, self.config.packing == "best_fit")
+        shape = (self.batch_rows, self.length)
+        return assemble(self.examples, rows, first, shape, self.segmented, self.reserved)
 
     def state(self) -> dict[str, Any]:
         """The cursor behind the last consumed batch, and what it belongs to; JSON."""
@@ -112,6 +128,7 @@ class Loader:
             "batch_rows": self.batch_rows,
             "max_length": config.max_length,
             "row_length": self.length,
+            "reserved": self.reserved,
             "packing": config.packing,
             "overlong": config.overlong,
             "shuffle": config.shuffle,
@@ -123,22 +140,28 @@ class Loader:
         return self.examples.digest()
 
 
-def assemble(examples: Examples, rows: pack.Epoch, first: int, count: int, length: int, segmented: bool) -> Batch:
-    """Rows `first` to `first + count` as arrays, empty beyond the last; with `segmented`, pieces are documents."""
-    shape = (count, length)
+def assemble(
+    examples: Examples, rows: pack.Epoch, first: int, shape: tuple[int, int], segmented: bool, reserved: int = 0
+) -> Batch:
+    """Rows from `first` on as arrays `[rows, T]`, empty beyond the last; with `segmented`, pieces are documents, each
+    after `reserved` positions of its own."""
     tokens = np.full(shape, examples.pad_id, np.int32)
     positions, segments, loss = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    for row in range(min(count, len(rows.offsets) - 1 - first)):
+    tasks = np.zeros(shape, np.int32)
+    before = reserved if segmented else 0
+    for row in range(min(shape[0], len(rows.offsets) - 1 - first)):
         at = 0
         for number, i in enumerate(range(rows.offsets[first + row], rows.offsets[first + row + 1]), 1):
             start, stop = int(rows.start[i]), int(rows.stop[i])
-            here = slice(at, at + stop - start)
-            tokens[row, here] = examples.tokens[start:stop]
-            loss[row, here] = examples.loss[start:stop]
+            begin, end = at + before, at + before + stop - start
+            tokens[row, begin:end] = examples.tokens[start:stop]
+            loss[row, begin:end] = examples.loss[start:stop]
             if segmented or number == 1:
-                loss[row, at] = False
-            positions[row, here] = np.arange(stop - start) + (0 if segmented else at)
-            segments[row, here] = number
-            at += stop - start
+                loss[row, begin] = False
+            positions[row, at:end] = np.arange(end - at) + (0 if segmented else at)
+            segments[row, at:end] = number
+            tasks[row, at:end] = examples.task_at(start)
+            at = end
     batch = {"tokens": tokens, "positions": positions, "loss_mask": loss}
-    return batch | {"segments": segments} if segmented else batch
+    batch |= {"segments": segments} if segmented else {}
+    return batch | {"task_ids": tasks} if examples.tasks.any() else batch

@@ -34,13 +34,16 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Plan:
-    """Slots sorted by length, longest first: row `r` holds slots `slots[offsets[r] : offsets[r + 1]]`."""
+    """Slots sorted by length, longest first: row `r` holds slots `slots[offsets[r] : offsets[r + 1]]`.
+
+    Each takes `reserved` positions more than its length."""
 
     pieces: Pieces
     capacity: int
     packing: str
     slots: np.ndarray
     offsets: np.ndarray
+    reserved: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -80,18 +83,18 @@ def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
     return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()))
 
 
-def plan(found: Pieces, capacity: int, packing: str) -> Plan:
-    """Assign slots to rows of `capacity` tokens."""
+def plan(found: Pieces, capacity: int, packing: str, reserved: int = 0) -> Plan:
+    """Assign slots to rows of `capacity` tokens, packed ones with `reserved` positions before each."""
     lengths = np.sort(found.stop - found.start)[::-1]
     if packing == "none":
         return Plan(found, capacity, packing, np.arange(len(lengths)), np.arange(len(lengths) + 1))
     if packing == "wrapped":
         rows = -(-int(lengths.sum()) // capacity)
         return Plan(found, capacity, packing, np.arange(0), np.zeros(rows + 1, np.int64))
-    row = best_fit(lengths.tolist(), capacity)
+    row = best_fit((lengths + reserved).tolist(), capacity)
     counts = np.bincount(row, minlength=int(row.max(initial=-1)) + 1)
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
-    return Plan(found, capacity, packing, np.argsort(row, kind="stable"), offsets)
+    return Plan(found, capacity, packing, np.argsort(row, kind="stable"), offsets, reserved)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:

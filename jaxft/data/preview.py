@@ -21,24 +21,39 @@ GIVEN = ("grey62", "grey78")
 
 
 def preview(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerFast", console: "Console", *, rows: int = 2, batch_rows: int = 8
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    console: "Console",
+    *,
+    rows: int = 2,
+    batch_rows: int = 8,
+    reserved: int = 0,
 ) -> None:
     """Print the first rows of training, token by token, then the reports of the training and the held-out data."""
     prepared = prepare(config, tokenizer)
-    loader = Loader(prepared.train, config, batch_rows=batch_rows, epochs=1)
+    loader = Loader(prepared.train, config, batch_rows=batch_rows, epochs=1, reserved=reserved)
     console.print(legend(console))
     batch = loader.batch(0)
     for row in range(min(rows, batch_rows, len(loader.plan))):
         console.rule(f"row {row + 1}")
-        shown = {name: array[row] for name, array in batch.items()}
+        shown = without_prompts({name: array[row] for name, array in batch.items()}, reserved)
         console.print(tokens_in_colour(shown, tokenizer, console), soft_wrap=True)
     parts = [("training data", loader)]
     if prepared.held_out is not None and len(prepared.held_out):
-        parts.append(("held-out data", Loader(prepared.held_out, config, batch_rows=batch_rows, epochs=1)))
+        held_out = Loader(prepared.held_out, config, batch_rows=batch_rows, epochs=1, reserved=reserved)
+        parts.append(("held-out data", held_out))
     for title, part in parts:
         console.rule(f"{title} ({prepared.format})")
         for line in part.report().lines():
             console.print(line, style="yellow" if line.startswith("!") else "", highlight=not line.startswith("!"))
+
+
+def without_prompts(row: Batch, reserved: int) -> Batch:
+    """One row of a batch without the positions that are reserved for a prompt."""
+    if "segments" not in row:
+        return row
+    prompts = (row["segments"] > 0) & (row["positions"] < reserved)
+    return {name: array[~prompts] for name, array in row.items()}
 
 
 def legend(console: "Console") -> "Text":

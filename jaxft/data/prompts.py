@@ -20,6 +20,8 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: str
     where: str
+    task: int = 0
+    """The number of its task."""
 
 
 def prompts(
@@ -44,15 +46,16 @@ def prompts(
     prefix, _ = encode.ends(tokenizer)
     found = []
     for form, row in forms:
+        task = encode.task_of(row, config.task_column)
         if isinstance(form, formats.Pair):
             text = before + form.prompt
             ids = tuple(prefix + tokenizer(text, add_special_tokens=False)["input_ids"])
-            found.append(Prompt(text, ids, form.completion, row.where))
+            found.append(Prompt(text, ids, form.completion, row.where, task))
         elif isinstance(form, formats.Conversation) and render is not None:
             system = [turn for turn in form.messages[:-1] if turn["role"] == "system"]
             own = [turn for turn in form.messages[:-1] if turn["role"] != "system"]
             messages = (*system, *turns, *own) if turns else form.messages[:-1]
             text = template.text(render, messages, form.tools, prompt=True)
             ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-            found.append(Prompt(text, ids, form.messages[-1]["content"], row.where))
+            found.append(Prompt(text, ids, form.messages[-1]["content"], row.where, task))
     return found

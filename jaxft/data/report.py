@@ -31,11 +31,13 @@ class Report:
     row_length: int
     packed_tokens: int
     """Tokens that training sees: those of the examples, less what was cut or left out."""
+    reserved_positions: int
+    """Positions taken by the prompts before the documents of packed rows."""
 
     @property
     def efficiency(self) -> float:
         """Share of the positions of all rows that hold a token."""
-        return self.packed_tokens / (self.rows * self.row_length)
+        return (self.packed_tokens + self.reserved_positions) / (self.rows * self.row_length)
 
     def lines(self) -> list[str]:
         """The report in words; what was lost is always said."""
@@ -46,7 +48,8 @@ class Report:
         yield f"{self.examples:,} examples of {self.reading.rows:,} rows read"
         yield f"{self.tokens:,} tokens, {self.learnt_tokens:,} learnt ({self.learnt_tokens / max(self.tokens, 1):.1%})"
         yield f"tokens an example: {percentiles}"
-        yield f"{self.rows:,} rows of {self.row_length:,} tokens, {self.efficiency:.1%} full"
+        prompts = f", {self.reserved_positions:,} of them for the prompt" if self.reserved_positions else ""
+        yield f"{self.rows:,} rows of {self.row_length:,} tokens, {self.efficiency:.1%} full{prompts}"
 
     def _losses(self) -> Iterator[str]:
         read = self.reading
@@ -89,4 +92,5 @@ def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
         rows=len(plan),
         row_length=plan.capacity,
         packed_tokens=int((found.stop - found.start).sum()),
+        reserved_positions=plan.reserved * len(plan.slots),
     )

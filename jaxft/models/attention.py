@@ -15,6 +15,7 @@ import re
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.models import attention_choice, attention_cudnn, attention_xla
 from jaxft.models.attention_choice import Backend
@@ -41,16 +42,20 @@ def attention(
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = ("data", "fsdp"),
     head_axis: str = "tensor",
+    prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Softmax attention with grouped heads: out_BTNH, in the dtype of q; a query that sees no key gives 0.
 
     Query t sees key s where both segments are equal and not 0 (None: no such condition), k_position <= q_position (if
     causal), and q_position - k_position < window (if any). Query head n reads key head n // (N / K).
+    `prefix`: keys and values [P, K, H] before all of these, at positions 0..P-1, which every query outside segment 0
+    sees as far as the window reaches; the positions of queries and keys begin at P then.
     `scale` multiplies the scores, then `softcap * tanh(scores / softcap)`. To a `jax.checkpoint` policy XLA and splash
     offer what their backward pass keeps (output, log-sum-exp) under the name `attention_xla.RESIDUALS`; cuDNN's are
     the outputs of a primitive with "dot_product_attention_fwd" in its name.
     """
     _check(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
+    asked = window
     aligned = q_positions_BT is k_positions_BS and q_segments_BT is k_segments_BS
     if aligned and window is not None and window >= q_BTNH.shape[1]:
         window = None  # it hides nothing
@@ -59,7 +64,8 @@ def attention(
     choice = attention_choice.choose(
         dataclasses.replace(
             _facts(q_BTNH, k_BSKH, mesh), aligned=aligned, causal=causal, segments=q_segments_BT is not None,
-            window=window, softcap=softcap, batch_shards=_size(mesh, rows), head_shards=_size(mesh, heads),
+            window=window, softcap=softcap, prefix=prefix is not None,
+            batch_shards=_size(mesh, rows), head_shards=_size(mesh, heads),
         ),
         backend,
     )  # fmt: skip
@@ -77,7 +83,27 @@ def attention(
     spec = attention_xla.Spec(scale=scale, window=window, softcap=softcap, causal=causal, aligned=aligned)
     positions = (None, None) if aligned else (q_positions_BT, k_positions_BS)
     ids = attention_xla.Ids(*positions, q_segments_BT, k_segments_BS)
-    return attention_xla.attend(spec, q_BTNH, k_BSKH, v_BSKH, ids)
+    own = attention_xla.part(spec, q_BTNH, k_BSKH, v_BSKH, ids)
+    if prefix is None:
+        return own[0]
+    spec = dataclasses.replace(spec, window=asked, causal=False, aligned=False)  # which is all before any query
+    return attention_xla.merge([own, _before(spec, q_BTNH, *prefix, q_positions_BT, q_segments_BT)])
+
+
+def _before(
+    spec: attention_xla.Spec,
+    q_BTNH: jax.Array,
+    k_PKH: jax.Array,
+    v_PKH: jax.Array,
+    q_positions_BT: jax.Array | None,
+    q_segments_BT: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The part of the attention that goes to a prefix."""
+    B, P = q_BTNH.shape[0], k_PKH.shape[0]
+    k_BPKH, v_BPKH = (jnp.broadcast_to(x, (B, *x.shape)) for x in (k_PKH, v_PKH))
+    at_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
+    segments = (None, None) if q_segments_BT is None else (jnp.minimum(q_segments_BT, 1), jnp.ones_like(at_BP))
+    return attention_xla.part(spec, q_BTNH, k_BPKH, v_BPKH, attention_xla.Ids(q_positions_BT, at_BP, *segments))
 
 
 def _facts(q_BTNH: jax.Array, k_BSKH: jax.Array, mesh: Mesh) -> attention_choice.Case:

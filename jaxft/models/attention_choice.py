@@ -42,6 +42,8 @@ class Case:
     segments: bool = False
     window: int | None = None
     softcap: float | None = None
+    prefix: bool = False
+    """Keys and values of a prefix come before all segments."""
     capability: tuple[int, int] | None = None
     """CUDA compute capability of the GPU; None where there is none."""
     batch_shards: int = 1
@@ -86,6 +88,12 @@ _ALIGNED = Rule(
     "use 'xla' with a cache; in self-attention give queries and keys one positions array and one segments array",
 )
 
+_NO_PREFIX = Rule(
+    lambda c: c.prefix,
+    "a prefix is merged by the log-sum-exp of the scores, whose gradient the kernel does not give",
+    "use 'xla' with a prefix, or tune a prompt",
+)
+
 RULES: dict[Backend, tuple[Rule, ...]] = {
     "xla": (),
     "cudnn": (
@@ -96,6 +104,7 @@ RULES: dict[Backend, tuple[Rule, ...]] = {
             "use 'xla' on this GPU",
         ),
         _ALIGNED,
+        _NO_PREFIX,
         Rule(
             lambda c: c.dtype not in ("bfloat16", "float16"),
             "cuDNN flash attention is for bfloat16 and float16",
@@ -127,6 +136,7 @@ RULES: dict[Backend, tuple[Rule, ...]] = {
         # Not on "cpu": a CPU machine compiles ahead of time for a TPU by asking for the kernel by name.
         Rule(lambda c: c.platform == "gpu", "splash attention is a TPU kernel", "use 'cudnn' or 'xla'"),
         _ALIGNED,
+        _NO_PREFIX,
         Rule(
             lambda c: c.dtype not in ("bfloat16", "float32"),
             "splash attention is for bfloat16 and float32",

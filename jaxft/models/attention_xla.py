@@ -9,6 +9,7 @@ FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,7 +62,19 @@ class _Grid(NamedTuple):
 
 def attend(spec: Spec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: Ids) -> jax.Array:
     """Softmax attention, out_BTNH in the dtype of q; a query that sees nothing gives 0."""
+    return part(spec, q_BTNH, k_BSKH, v_BSKH, ids)[0]
+
+
+def part(spec: Spec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: Ids) -> tuple[jax.Array, jax.Array]:
+    """`attend` over some of the keys, and what `merge` needs: the log-sum-exp of the scores, float32[B, T, N]."""
     return _attend(spec, q_BTNH, k_BSKH, v_BSKH, ids)
+
+
+def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """Attention over all keys from that over each part of them: out_BTNH, weighted by their sums of exponentials."""
+    outs, sums = zip(*parts, strict=True)
+    weights = jax.nn.softmax(jnp.stack(sums), axis=0)[..., None]
+    return jnp.sum(jnp.stack(outs).astype(jnp.float32) * weights, axis=0).astype(outs[0].dtype)
 
 
 def block_length(length: int, limit: int) -> int:
@@ -105,6 +118,10 @@ def _cut_keys(x_BSKH: jax.Array, grid: _Grid) -> jax.Array:
 
 def _join_queries(x: jax.Array, T: int) -> jax.Array:
     return rearrange(x, "n b k g c h -> b (n c) (k g) h")[:, :T]
+
+
+def _join_sums(x: jax.Array, T: int) -> jax.Array:
+    return _join_queries(x[..., None], T)[..., 0]
 
 
 def _join_keys(x: jax.Array, S: int) -> jax.Array:
@@ -157,7 +174,7 @@ def _loop(grid: _Grid, body, carry):
 
 
 def _forward(spec: Spec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: Ids):
-    """The output [B, T, N, H] and the log-sum-exp of the scores, float32[rows, B, K, G, c]."""
+    """The output [B, T, N, H] and the log-sum-exp of the scores, float32[rows, B, K, G, c]; HIDDEN if there is none."""
     grid = _grid(spec, q_BTNH.shape[1], k_BSKH.shape[1])
     q, k, v = _cut_queries(q_BTNH, k_BSKH.shape[2], grid), _cut_keys(k_BSKH, grid), _cut_keys(v_BSKH, grid)
     ids = _cut_ids(ids, grid)
@@ -183,27 +200,31 @@ def _forward(spec: Spec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
     seen = total > 0
     total = jnp.where(seen, total, 1.0)
     out = (out / total[..., None]).astype(q.dtype)
-    return _join_queries(out, grid.T), jnp.where(seen, peak + jnp.log(total), 0.0)
+    return _join_queries(out, grid.T), jnp.where(seen, peak + jnp.log(total), HIDDEN)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: Spec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: Ids) -> jax.Array:
-    return _forward(spec, q_BTNH, k_BSKH, v_BSKH, ids)[0]
+def _attend(spec: Spec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: Ids):
+    out_BTNH, lse = _forward(spec, q_BTNH, k_BSKH, v_BSKH, ids)
+    return out_BTNH, _join_sums(lse, q_BTNH.shape[1])
 
 
 def _attend_fwd(spec: Spec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, ids: Ids):
     out_BTNH, lse = _forward(spec, q_BTNH, k_BSKH, v_BSKH, ids)
     out_BTNH, lse = checkpoint_name(out_BTNH, RESIDUALS), checkpoint_name(lse, RESIDUALS)
-    return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, ids, out_BTNH, lse)
+    return (out_BTNH, _join_sums(lse, q_BTNH.shape[1])), (q_BTNH, k_BSKH, v_BSKH, ids, out_BTNH, lse)
 
 
-def _attend_bwd(spec: Spec, residuals, g_BTNH: jax.Array):
+def _attend_bwd(spec: Spec, residuals, cotangents: tuple[jax.Array, jax.Array]):
     q_BTNH, k_BSKH, v_BSKH, ids, out_BTNH, lse = residuals
+    g_BTNH, g_lse_BTN = cotangents
+    lse = jnp.where(lse == HIDDEN, 0.0, lse)  # whatever is finite: nothing is seen there
     grid = _grid(spec, q_BTNH.shape[1], k_BSKH.shape[1])
     K = k_BSKH.shape[2]
     q, k, v = _cut_queries(q_BTNH, K, grid), _cut_keys(k_BSKH, grid), _cut_keys(v_BSKH, grid)
     g, ids = _cut_queries(g_BTNH, K, grid), _cut_ids(ids, grid)
-    inner_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * g_BTNH.astype(jnp.float32), -1)
+    # The log-sum-exp's own gradient is the probabilities, so its cotangent joins the term they are multiplied with.
+    inner_BTN = jnp.sum(out_BTNH.astype(jnp.float32) * g_BTNH.astype(jnp.float32), -1) - g_lse_BTN
     inner = _cut_queries(inner_BTN[..., None], K, grid)
 
     def body(i, j, carry):

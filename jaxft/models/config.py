@@ -68,7 +68,9 @@ class ModelConfig:
     final_softcap: float | None = None
     """Cap on the output logits, likewise."""
     embed_scale: float = 1.0
-    """Multiplier of the token embeddings."""
+    """Multiplier of the token embeddings (gemma), part of the look-up: the rows of a prompt are not multiplied."""
+    input_scale: float = 1.0
+    """Multiplier of what enters the first layer, be it a token's embedding or a prompt's row (granite)."""
     residual_scale: float = 1.0
     """Multiplier of what a block adds to the residual stream (granite)."""
     logits_scale: float = 1.0

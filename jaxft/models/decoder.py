@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.core import tree, verbs
 from jaxft.core.weight import Split
-from jaxft.models import attention, cache, rope
+from jaxft.models import attention, cache, rope, slots
 from jaxft.models.cache import Cache
 from jaxft.models.config import Layer, ModelConfig
 from jaxft.models.mlp import mlp
@@ -60,35 +60,54 @@ def forward(
     *,
     execution: Execution = DEFAULT,
     noise_BTD: jax.Array | None = None,
+    tasks_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
     """Token ids int32[B, T] to the hidden states after the final norm, [B, T, D].
 
-    ``positions`` int32[B, T] restart in each document (default 0..T-1); ``segments`` int32[B, T] number the documents
+    ``positions`` int32[B, T] restart in each document (the default); ``segments`` int32[B, T] number the documents
     of a row from 1, 0 is padding; None promises one document per row with any padding on the right. With a cache the
     T tokens follow what it holds. ``capture=("layers",)`` also returns every layer's output, [L, B, T, D].
-    ``noise`` is added to the embeddings (NEFTune)."""
+    ``noise`` is added to the embeddings of tokens (NEFTune). With a prompt of n rows in ``params``, positions 0..n-1 of
+    each document are the prompt's, whatever their tokens; with neither segments nor cache they are added here, and
+    only the T given ones returned. ``tasks`` int32[B, T]: the task of each token's document, for a multitask prompt."""
     refused = set(capture) - {"layers"}
     if refused:
         raise ValueError(f"capture: got {sorted(refused)}; expected a subset of ['layers']")
     if positions_BT is None:
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    x_BTD = _rows(execution, _features(execution, embed(config, params, tokens_BT, positions_BT)))
+        positions_BT = restarting(tokens_BT, segments_BT)
+    added = slots.prompt_length(params) if segments_BT is None and cache is None else 0
+    if added:
+        tokens_BT, positions_BT, noise_BTD, tasks_BT = slots.prepend(
+            added, tokens_BT, positions_BT, noise_BTD, tasks_BT
+        )
+    x_BTD = _features(execution, verbs.take(params["embed"]["tokens"], tokens_BT))
+    x_BTD = _scaled(config.embed_scale, x_BTD)
     if noise_BTD is not None:
         x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
-    context = _Context(config, execution, positions_BT, segments_BT, cache)
-    x_BTD, cache, outputs = _layers(context, params["layers"], x_BTD, bool(capture))
-    captured = {} if outputs is None else {"layers": outputs}
-    return norm(config, params["final_norm"], x_BTD), cache, captured
-
-
-def embed(config: ModelConfig, params: tree.Params, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Token embeddings, scaled, plus learned positions where the family has them: [B, T, D]."""
-    x_BTD = verbs.take(params["embed"]["tokens"], tokens_BT)
-    if config.embed_scale != 1.0:
-        x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
+    if slots.PROMPT in params:
+        x_BTD = slots.fill(params[slots.PROMPT], x_BTD, positions_BT, segments_BT, tasks_BT)
+    x_BTD = _scaled(config.input_scale, x_BTD)
+    positions_BT = positions_BT + slots.prefix_length(params)
     if config.learned_positions:
         x_BTD = x_BTD + verbs.take(params["embed"]["positions"], positions_BT)
-    return x_BTD
+    x_BTD = _rows(execution, x_BTD)
+    context = _Context(config, execution, positions_BT, segments_BT, cache)
+    x_BTD, cache, outputs = _layers(context, slots.layers(params, x_BTD.dtype), x_BTD, bool(capture))
+    captured = {} if outputs is None else {"layers": outputs[:, :, added:]}
+    return norm(config, params["final_norm"], x_BTD[:, added:]), cache, captured
+
+
+def restarting(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """The default positions int32[B, T]: from 0 in each row, or wherever the segment changes."""
+    at_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    if segments_BT is None:
+        return at_BT
+    starts_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return at_BT - jax.lax.cummax(jnp.where(starts_BT, at_BT, 0), axis=1)
+
+
+def _scaled(scale: float, x_BTD: jax.Array) -> jax.Array:
+    return x_BTD if scale == 1.0 else x_BTD * jnp.asarray(scale, x_BTD.dtype)
 
 
 def _rows(execution: Execution, x_BTD: jax.Array) -> jax.Array:
@@ -199,7 +218,7 @@ def _layer(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cac
         return y if scale == 1.0 else y * jnp.asarray(scale, y.dtype)
 
     with jax.named_scope("attention"):
-        a_BTD, cached = _attend(context, kind, p["attn"], before("attn_norm", x_BTD), cached, i)
+        a_BTD, cached = _attend(context, kind, p["attn"], before("attn_norm", x_BTD), cached, i, p.get(slots.PREFIX))
         a_BTD = after("attn_post_norm", a_BTD)
     mid_BTD = x_BTD + a_BTD
     if not config.parallel_residual:
@@ -216,8 +235,16 @@ def _adapters(p: tree.Params, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
     return y_BTD + y_BTD @ p["adapter"] if "adapter" in p else y_BTD
 
 
-def _attend(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cached: Cache | None, i: Any):
-    """Self-attention with its projections: (out_BTD, cache)."""
+def _attend(
+    context: _Context,
+    kind: Layer,
+    p: tree.Params,
+    x_BTD: jax.Array,
+    cached: Cache | None,
+    i: Any,
+    prefix: jax.Array | None,
+):
+    """Self-attention with its projections: (out_BTD, cache). ``prefix``: keys and values [2, n, K, H]."""
     config = context.config
     q_BTNH, k_BTKH, v_BTKH = _project(config, p, x_BTD)
     if kind.rope is not None:
@@ -241,6 +268,7 @@ def _attend(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, ca
         softcap=config.attn_softcap,
         backend=context.execution.backend,
         mesh=context.execution.mesh,
+        prefix=None if prefix is None else (prefix[0], prefix[1]),
     )
     return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ p["o"], cached
 

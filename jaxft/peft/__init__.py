@@ -26,9 +26,15 @@ from jaxft.peft import (
     lora,
     lora_fa,
     lora_hf,
+    multitask_prompt_tuning,
     oft,
+    p_tuning,
+    p_tuning_v2,
+    prefix_tuning,
+    prompt_tuning,
     road,
     sites,
+    slots,
     vera,
 )
 from jaxft.peft.adalora import AdaLoRA
@@ -44,9 +50,16 @@ from jaxft.peft.lora import LoRA, LoRAWeight
 from jaxft.peft.lora_data import EVA, CorDA
 from jaxft.peft.lora_fa import LoRAFA
 from jaxft.peft.lora_init import LoftQ
+from jaxft.peft.multitask_prompt_tuning import MultitaskPromptTuning
 from jaxft.peft.oft import OFT
+from jaxft.peft.p_tuning import PTuning
+from jaxft.peft.p_tuning_v2 import PTuningV2
+from jaxft.peft.prefix_tuning import PrefixTuning
+from jaxft.peft.prompt_tuning import PromptTuning
 from jaxft.peft.road import RoAd
 from jaxft.peft.sites import Site, Targeted
+from jaxft.peft.slot_formats import SlotFormat
+from jaxft.peft.slots import Slotted
 from jaxft.peft.vera import VeRA
 
 
@@ -67,7 +80,7 @@ class Method:
     """(config, params, steps of the run) -> what it does in each training step besides the forward pass."""
     calibrate: Callable[[Any], Calibration | None] = lambda config: None
     """What its initialisation asks of the layers' inputs, if it begins from data: see `calibrate`."""
-    hf: Format | None = None
+    hf: Format | SlotFormat | None = None
     """How it is stored in Hugging Face's format; None for a method that has no adapter of its own there."""
 
 
@@ -86,6 +99,13 @@ METHODS: dict[str, Method] = {
     "hra": Method(hra.HRA, lr=1e-3, hf=hra.FORMAT),
     "road": Method(road.RoAd, lr=3e-3, hf=road.FORMAT),
     "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, hf=ia3.FORMAT),
+    "prompt_tuning": Method(prompt_tuning.PromptTuning, lr=1e-2, hf=prompt_tuning.FORMAT),
+    "multitask_prompt_tuning": Method(
+        multitask_prompt_tuning.MultitaskPromptTuning, lr=1e-2, hf=multitask_prompt_tuning.FORMAT
+    ),
+    "p_tuning": Method(p_tuning.PTuning, lr=1e-3, hf=p_tuning.FORMAT),
+    "prefix_tuning": Method(prefix_tuning.PrefixTuning, lr=1e-2, hf=prefix_tuning.FORMAT),
+    "p_tuning_v2": Method(p_tuning_v2.PTuningV2, lr=1e-2, hf=prefix_tuning.FORMAT),
 }
 
 
@@ -102,8 +122,9 @@ def method_of(config: Any) -> Method:
 def adapt(model: Any, key: jax.Array, method: Any, statistics: Mapping[str, Any] | None = None) -> tree.Params:
     """The model's parameters with one method, or a list of them in order, applied.
 
-    ``model`` has ``params`` and ``names``; ``method`` is a config such as ``LoRA(rank=16)``. The base's buffers are
-    shared, not copied. ``statistics``: what `calibrate` returned, for a method that begins from data."""
+    ``model`` has ``params`` and ``names`` (for a slot ``config`` too, and to begin with a text a ``tokenizer``);
+    ``method`` is a config such as ``LoRA(rank=16)``. The base's buffers are shared, not copied. ``statistics``: what
+    `calibrate` returned, for a method that begins from data."""
     return adapt_for_training(model, key, method if isinstance(method, list | tuple) else [method], statistics)[0]
 
 
@@ -134,9 +155,12 @@ def adapt_for_training(
     An array belongs to the first of the methods that trains it."""
     params, rates = model.params, dict[int, float]()
     for i, config in enumerate(methods):
-        row = method_of(config)
-        measured = {"statistics": statistics} if row.calibrate(config) else {}
-        params = row.adapt(params, model.names, jax.random.fold_in(key, i), config, **measured)
+        row, mine = method_of(config), jax.random.fold_in(key, i)
+        if isinstance(config, Slotted):
+            params = slots.put(params, config.slot, config.make(model, params, mine))
+        else:
+            measured = {"statistics": statistics} if row.calibrate(config) else {}
+            params = row.adapt(params, model.names, mine, config, **measured)
         for leaf in _trained(params, row.select(config)):
             rates.setdefault(id(leaf), row.lr)
     patterns = [pattern for c in methods if (pattern := method_of(c).select(c)) is not None]
@@ -183,10 +207,17 @@ __all__ = [
     "LoRAWeight",
     "LoftQ",
     "Method",
+    "MultitaskPromptTuning",
+    "PTuning",
+    "PTuningV2",
     "Parallel",
     "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
     "RoAd",
     "Site",
+    "SlotFormat",
+    "Slotted",
     "Targeted",
     "VeRA",
     "adapt",

@@ -10,10 +10,11 @@ from typing import Any
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
-from jaxft.core.weight import InPlace, Weight
-from jaxft.peft import METHODS, disk, formats, places, targets, whole_hf
+from jaxft.core.weight import InPlace, Slot, Weight
+from jaxft.peft import METHODS, disk, formats, places, slot_formats, targets, whole_hf
 from jaxft.peft.disk import AdapterError, Tensors
 from jaxft.peft.formats import Fields, Format
+from jaxft.peft.slot_formats import SlotFormat
 
 # fields of any method's config that are read here, or say nothing about the maths
 COMMON = (
@@ -41,8 +42,12 @@ def export(where: object, params: tree.Params, names: Names, num_layers: int) ->
     Raises AdapterError naming the first thing that peft's format has no word for."""
     names = places.rows(names)
     found = {name.path: w for name in names if (w := _adapter(params, name)) is not None}
+    found |= {place: w for place, w in params.items() if isinstance(w, Slot)}
     method, form = _format_of(where, found)
-    config, tensors = formats.export(form, found, params, names, num_layers)
+    if isinstance(form, SlotFormat):
+        config, tensors = slot_formats.export(form, params)
+    else:
+        config, tensors = formats.export(form, found, params, names, num_layers)
     config["peft_type"] = form.peft_type
     written = list(found.values())
     for fields, more, these in (
@@ -78,7 +83,7 @@ def _adapter(params: tree.Params, name: Name) -> Any:
     return w
 
 
-def _format_of(where: object, found: dict[str, Any]) -> tuple[str, Format]:
+def _format_of(where: object, found: dict[str, Any]) -> tuple[str, Format | SlotFormat]:
     """The one method that the adapters belong to, with its format."""
     if not found:
         raise AdapterError(where, "no adapter on a weight", "an adapter of one method")
@@ -104,7 +109,10 @@ def restore(
     modules = tuple(config.get("modules_to_save") or ())
     saved = targets.find_whole(names, num_layers, modules) if modules else []
     params = whole_hf.replace_bases(where, config, tensors, params, names, saved)
-    params = formats.restore(form, where, config, tensors, params, names)
+    if isinstance(form, SlotFormat):
+        params = slot_formats.restore(form, where, config, tensors, params)
+    else:
+        params = formats.restore(form, where, config, tensors, params, names)
     params = whole_hf.restore(where, config, tensors, params, saved)
     return whole_hf.restore_biases(where, config, tensors, params, names)
 
@@ -120,7 +128,7 @@ def _modern(config: Fields, tensors: Tensors) -> Fields:
     return config
 
 
-def _format_named(where: Path, config: dict[str, Any]) -> Format:
+def _format_named(where: Path, config: dict[str, Any]) -> Format | SlotFormat:
     kind = config.get("peft_type")
     known = [m.hf for m in METHODS.values() if m.hf is not None]
     forms = [form for form in known if form.peft_type == kind and form.claims(config)]
@@ -130,7 +138,7 @@ def _format_named(where: Path, config: dict[str, Any]) -> Format:
     return forms[0]
 
 
-def _refuse_fields(where: Path, config: dict[str, Any], form: Format) -> None:
+def _refuse_fields(where: Path, config: dict[str, Any], form: Format | SlotFormat) -> None:
     """Raises AdapterError for a field that says something which is not understood."""
     known = {*COMMON, *form.fields}
     for field, value in config.items():

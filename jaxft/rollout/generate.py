@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxft.core import many, tree
 from jaxft.models import cache as cache_
-from jaxft.models import decoder, heads
+from jaxft.models import decoder, heads, slots
 from jaxft.models.cache import Cache
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
@@ -69,6 +69,14 @@ class Completion(NamedTuple):
     """Whether an end token was drawn."""
 
 
+class _Laid(NamedTuple):
+    """Prompts padded on the left, as they are prefilled."""
+
+    tokens_BT: Any
+    segments_BT: Any
+    tasks_BT: Any = None
+
+
 class _Decoding(NamedTuple):
     cache: Cache | None
     token_B: jax.Array
@@ -89,12 +97,14 @@ def generate(
     *,
     execution: Execution = decoder.DEFAULT,
     adapters: Sequence[int] | None = None,
+    tasks: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Completions of tokenised prompts, in order. ``end``: token ids that end a completion. ``adapters``: of stacked
     adapters (`core.many`), the one that each prompt uses.
 
-    Raises ValueError for an empty prompt, and for one that leaves no room within the model's positions (learned)."""
-    _check(config, prompts, settings)
+    ``tasks``: the task of each prompt, where a multitask prompt was learnt; the first by default. Raises ValueError
+    for an empty prompt, and for one that leaves no room within the model's positions (learned)."""
+    _check(config, params, prompts, settings)
     if adapters is not None and len(adapters) != len(prompts):
         raise ValueError(f"generate: got {len(adapters)} adapters for {len(prompts)} prompts; expected one for each")
     out: list[Completion] = []
@@ -102,28 +112,43 @@ def generate(
     for start in range(0, len(prompts), settings.batch):
         chosen = order[start : start + settings.batch]
         full = chosen + chosen[-1:] * (min(settings.batch, len(prompts)) - len(chosen))  # one compiled batch size
-        rows = [prompts[i] for i in full]
+        rows, own = [prompts[i] for i in full], None if tasks is None else [tasks[i] for i in full]
         model = params if adapters is None else many.for_rows(params, [adapters[i] for i in full])
         key = jax.random.fold_in(jax.random.key(settings.seed), start)
-        out += zip(chosen, _batch(config, model, rows, settings, end, execution, key), strict=False)  # type: ignore[arg-type]
+        out += zip(chosen, _batch(config, model, rows, own, settings, end, execution, key), strict=False)  # type: ignore[arg-type]
     return [completion for _, completion in sorted(out, key=lambda pair: pair[0])]  # type: ignore[misc]
 
 
-def pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments int32[B, length]; padding on the left has segment 0."""
+def pad_left(prompts: Sequence[Sequence[int]], length: int, reserved: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and segments int32[B, length]; padding on the left has segment 0, ``reserved`` positions before the
+    tokens have theirs."""
     tokens_BT = np.zeros((len(prompts), length), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BT[row, length - len(prompt) :] = prompt
-    lengths_B1 = np.array([[len(p)] for p in prompts])
+    lengths_B1 = np.array([[len(p) + reserved] for p in prompts])
     return tokens_BT, (np.arange(length) >= length - lengths_B1).astype(np.int32)
 
 
-def _batch(config, params, rows, settings: GenerateConfig, end, execution, key) -> list[Completion]:
+def _laid(params: tree.Params, rows: Sequence[Sequence[int]], tasks: Sequence[int] | None) -> _Laid:
+    """The prompts as one batch, room for a learnt one before each."""
+    reserved = slots.prompt_length(params)
+    tokens_BT, segments_BT = pad_left(rows, _bucket(max(len(r) for r in rows) + reserved), reserved)
+    if tasks is None:
+        return _Laid(tokens_BT, segments_BT)
+    known = slots.tasks(params)
+    if not all(0 <= task < known for task in tasks):
+        raise ValueError(
+            f"generate: got tasks {min(tasks)} to {max(tasks)}; the model has a prompt for {known} of them"
+        )
+    return _Laid(tokens_BT, segments_BT, np.repeat(np.array(tasks, np.int32)[:, None], tokens_BT.shape[1], axis=1))
+
+
+def _batch(config, params, rows, tasks, settings: GenerateConfig, end, execution, key) -> list[Completion]:
     budget = settings.max_new_tokens
-    tokens_BT, segments_BT = pad_left(rows, _bucket(max(len(r) for r in rows)))
+    laid = _laid(params, rows, tasks)
     temperature = jnp.float32(settings.temperature)
     ends = jnp.asarray(sorted(end), jnp.int32)
-    made = _run(config, execution, settings.sampling, budget, params, tokens_BT, segments_BT, temperature, ends, key)
+    made = _run(config, execution, settings.sampling, budget, params, laid, temperature, ends, key)
     tokens_BN, logp_BN, done_B, count = jax.device_get((made.tokens_BN, made.logp_BN, made.done_B, made.count))
     return [_cut(tokens_BN[i, :count], logp_BN[i, :count], bool(done_B[i]), set(end)) for i in range(len(rows))]
 
@@ -136,13 +161,12 @@ def _cut(tokens_N: np.ndarray, logp_N: np.ndarray, finished: bool, end: set[int]
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(
     config: ModelConfig, execution: Execution, sampling: Sampling, budget: int,
-    params: tree.Params, tokens_BT: jax.Array, segments_BT: jax.Array, temperature: jax.Array, ends: jax.Array,
-    key: jax.Array,
+    params: tree.Params, laid: _Laid, temperature: jax.Array, ends: jax.Array, key: jax.Array,
 ) -> _Decoding:  # fmt: skip
     """Prefill, then one token a turn until every row has ended or the budget is spent."""
-    rows = tokens_BT.shape[0]
-    params = _uniform(params)
-    logits_BV, cache, position_B = _prefill(config, execution, params, tokens_BT, segments_BT, budget)
+    rows = laid.tokens_BT.shape[0]
+    params = slots.computed(_uniform(params))
+    logits_BV, cache, position_B = _prefill(config, execution, params, laid, budget)
 
     def choose(state: _Decoding, logits_BV: jax.Array) -> _Decoding:
         token_B, logp_B = sample.draw(sampling, jax.random.fold_in(state.key, state.count), logits_BV, temperature)
@@ -170,14 +194,16 @@ def _uniform(params: tree.Params) -> tree.Params:
     return tree.cast(params, params["embed"]["tokens"].dtype)
 
 
-def _prefill(config, execution, params, tokens_BT, segments_BT, budget: int):
+def _prefill(config, execution, params, laid: _Laid, budget: int):
     """(logits_BV after the prompt, cache with room for ``budget`` more, next position int32[B])."""
-    positions_BT = jnp.maximum(jnp.cumsum(segments_BT, axis=1) - 1, 0).astype(jnp.int32)
+    positions_BT = jnp.maximum(jnp.cumsum(laid.segments_BT, axis=1) - 1, 0).astype(jnp.int32)
     params, dtype = _uniform(params), params["embed"]["tokens"].dtype
-    cache = cache_.create(config, tokens_BT.shape[0], tokens_BT.shape[1] + budget, dtype)
+    rows, length = laid.tokens_BT.shape
+    cache = cache_.create(config, rows, length + budget, dtype)
     hidden_BTD, cache, _ = decoder.forward(
-        config, params, tokens_BT, positions_BT, segments_BT, cache, execution=execution
-    )
+        config, params, laid.tokens_BT, positions_BT, laid.segments_BT, cache,
+        execution=execution, tasks_BT=laid.tasks_BT,
+    )  # fmt: skip
     logits_BV = heads.logits(config, heads.head_of(config, params), hidden_BTD[:, -1])
     return logits_BV, cache, positions_BT[:, -1] + 1
 
@@ -191,7 +217,7 @@ def _step(config, execution, params, token_B, position_B, cache):
     return heads.logits(config, heads.head_of(config, params), hidden_B1D[:, 0]), cache
 
 
-_prefill_once = jax.jit(_prefill, static_argnums=(0, 1, 5))
+_prefill_once = jax.jit(_prefill, static_argnums=(0, 1, 4))
 _step_once = jax.jit(_step, static_argnums=(0, 1), donate_argnums=5)
 _draw_once = jax.jit(sample.draw, static_argnums=0)
 
@@ -206,10 +232,10 @@ def stream(
     execution: Execution = decoder.DEFAULT,
 ) -> Iterator[int]:
     """The completion's tokens one by one, the end token included if it is reached."""
-    _check(config, [prompt], settings)
-    tokens_BT, segments_BT = pad_left([prompt], _bucket(len(prompt)))
-    budget = _bucket(settings.max_new_tokens)
-    logits_BV, cache, position_B = _prefill_once(config, execution, params, tokens_BT, segments_BT, budget)
+    _check(config, params, [prompt], settings)
+    laid, budget = _laid(params, [prompt], None), _bucket(settings.max_new_tokens)
+    params = slots.computed(params)
+    logits_BV, cache, position_B = _prefill_once(config, execution, params, laid, budget)
     key = jax.random.key(settings.seed)
     for count in range(settings.max_new_tokens):
         turn = jax.random.fold_in(key, count)
@@ -226,14 +252,18 @@ def _bucket(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
-def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], settings: GenerateConfig) -> None:
+def _check(
+    config: ModelConfig, params: tree.Params, prompts: Sequence[Sequence[int]], settings: GenerateConfig
+) -> None:
     empty = [i for i, p in enumerate(prompts) if len(p) == 0]
     if empty or not prompts:
         raise ValueError(f"generate: prompt {empty[0] if empty else 0} is empty; expected at least one token")
-    longest = max(len(p) for p in prompts) + settings.max_new_tokens
+    virtual = slots.prompt_length(params) + slots.prefix_length(params)
+    longest = max(len(p) for p in prompts) + settings.max_new_tokens + virtual
     if config.learned_positions and longest > config.max_positions:
         raise ValueError(
-            f"generate: {longest} positions (prompt and generate.max_new_tokens) are needed and the model has "
+            f"generate: {longest} positions (prompt and generate.max_new_tokens"
+            f"{' and what is learnt before them' if virtual else ''}) are needed and the model has "
             f"{config.max_positions}; shorten the prompt or lower generate.max_new_tokens"
         )
 

@@ -46,7 +46,10 @@ def replies(
     if not prompts:
         return []
     rows = [prompt.tokens for prompt in prompts]
-    made = generate.generate(config, params, rows, settings, end, execution=execution)
+    tasks = [prompt.task for prompt in prompts]
+    made = generate.generate(
+        config, params, rows, settings, end, execution=execution, tasks=tasks if any(tasks) else None
+    )
     return [
         Reply(prompt, spoken(tokenizer, completion.tokens, end), completion.finished)
         for prompt, completion in zip(prompts, made, strict=True)

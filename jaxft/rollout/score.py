@@ -2,7 +2,7 @@
 
 ``score(view, params, batch, key)`` runs the decoder and the chunked head and returns per-token values aligned with the
 tokens: ``logp[b, t]`` is the log-probability of ``tokens[b, t]`` given what precedes it in its document, 0 for a
-document's first token and for padding.
+document's first token, for padding and for the positions of a prompt.
 """
 
 import zlib
@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.core import tree
-from jaxft.models import decoder, heads
+from jaxft.models import decoder, heads, slots
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 from jaxft.objectives.terms import Batch
@@ -31,7 +32,8 @@ def make_score(
 ) -> Score:
     """Builds ``score(view, params, batch, key=None) -> {need: float32[B, T]}``.
 
-    ``batch`` has tokens and may have positions and segments (without segments: one right-padded document per row).
+    ``batch`` has tokens and may have positions and segments (without segments: one right-padded document per row), and
+    ``task_ids`` for a multitask prompt.
     ``dtype`` is that of the computation. ``key=None`` is evaluation: no dropout, no noise. ``neftune_alpha`` adds
     uniform noise of magnitude alpha / sqrt(length * D) to the embeddings while training: Jain et al. 2023, alg. 1
     (arXiv:2310.05914).
@@ -42,7 +44,7 @@ def make_score(
     def score(view: str, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> dict[str, jax.Array]:
         del view  # every view of one model is scored alike
         params = tree.dropout_keys(params, dropout_key(key))
-        return forward(params, batch, noise(config, neftune_alpha, batch, key))
+        return forward(params, batch, noise(config, neftune_alpha, batch, key, reserved_in(params, batch)))
 
     return score
 
@@ -54,20 +56,26 @@ def make_forward(
 
     def forward(params: tree.Params, batch: Batch, noise_BTD: jax.Array | None) -> dict[str, jax.Array]:
         tokens_BT, segments_BT = batch["tokens"], batch.get("segments")
+        positions_BT = batch.get("positions")
+        positions_BT = decoder.restarting(tokens_BT, segments_BT) if positions_BT is None else positions_BT
+        reserved = reserved_in(params, batch)
         params = tree.cast(params, dtype)
         hidden_BTD, _, _ = decoder.forward(
             config,
             params,
             tokens_BT,
-            batch.get("positions"),
+            positions_BT,
             segments_BT,
             execution=execution,
             noise_BTD=noise_BTD,
+            tasks_BT=batch.get("task_ids"),
         )
         labels_BT = jnp.roll(tokens_BT, -1, axis=1)
         head = heads.head_of(config, params)
         out = heads.token_scores(config, head, hidden_BTD, labels_BT, needs, execution.mesh)
         follows_BT = follows(tokens_BT, segments_BT)
+        if reserved:  # neither a position of the prompt nor the first after it is a token's that tokens precede
+            follows_BT &= positions_BT > reserved
         return {name: jnp.where(follows_BT, jnp.roll(value, 1, axis=1), 0.0) for name, value in out.items()}
 
     return forward
@@ -78,12 +86,21 @@ def dropout_key(key: jax.Array | None) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, zlib.crc32(b"dropout"))
 
 
-def noise(config: ModelConfig, alpha: float, batch: Batch, key: jax.Array | None) -> jax.Array | None:
-    """A step's NEFTune noise [B, T, D]; None in evaluation, and for an ``alpha`` of 0."""
+def reserved_in(params: tree.Params, batch: Batch) -> int:
+    """Positions of each of the batch's documents that are a prompt's."""
+    return slots.prompt_length(params) if "segments" in batch else 0
+
+
+def noise(
+    config: ModelConfig, alpha: float, batch: Batch, key: jax.Array | None, reserved: int = 0
+) -> jax.Array | None:
+    """A step's NEFTune noise [B, T, D]; None in evaluation, and for an ``alpha`` of 0.
+
+    ``reserved``: see `reserved_in`; they do not count as the document's length."""
     if key is None or alpha == 0.0:
         return None
     lengths_BT = document_lengths(batch["tokens"], batch.get("positions"), batch.get("segments"))
-    return neftune(key, alpha, lengths_BT, config.hidden_size)
+    return neftune(key, alpha, lengths_BT - reserved, config.hidden_size)
 
 
 def follows(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -92,6 +109,24 @@ def follows(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
     if segments_BT is None:
         return ~first_BT
     return (segments_BT == jnp.roll(segments_BT, 1, axis=1)) & (segments_BT > 0) & ~first_BT
+
+
+def make_room(tokens_BT: np.ndarray, segments_BT: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows with n positions for a prompt before every document, on the host.
+
+    Returns (tokens, segments, index), the first two int32[B, W]; ``index`` int32[B, T] says where each token went."""
+    B, T = tokens_BT.shape
+    before_BT = np.pad(segments_BT[:, :-1], ((0, 0), (1, 0)))
+    starts_BT = (segments_BT > 0) & (segments_BT != before_BT)
+    index_BT = np.arange(T) + n * np.cumsum(starts_BT, axis=1)
+    width = T + n * int(starts_BT.sum(axis=1).max(initial=0))
+    tokens_BW, segments_BW = np.zeros((B, width), np.int32), np.zeros((B, width), np.int32)
+    np.put_along_axis(tokens_BW, index_BT, tokens_BT, axis=1)
+    np.put_along_axis(segments_BW, index_BT, segments_BT, axis=1)
+    rows, columns = np.nonzero(starts_BT)
+    for back in range(1, n + 1):
+        segments_BW[rows, index_BT[rows, columns] - back] = segments_BT[rows, columns]
+    return tokens_BW, segments_BW, index_BT.astype(np.int32)
 
 
 def document_lengths(tokens_BT: jax.Array, positions_BT: jax.Array | None, segments_BT: jax.Array | None) -> jax.Array:

@@ -15,7 +15,8 @@ def make_examples(lengths, learnt=None):
     offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
     size = int(offsets[-1])
     loss = np.ones(size, bool) if learnt is None else learnt
-    return Examples(np.arange(1, size + 1, dtype=np.int32), loss, offsets, np.arange(len(lengths)), 0, None, Reading())
+    numbers = np.arange(len(lengths))
+    return Examples(np.arange(1, size + 1, dtype=np.int32), loss, offsets, numbers, numbers * 0, 0, None, Reading())
 
 
 def some_lengths(number, high, seed=0):
@@ -26,7 +27,7 @@ def batch_of(examples, capacity, packing, overlong="truncate", max_length=None, 
     found = pack.pieces(examples, 2**62 if packing == "wrapped" else max_length or capacity, overlong)
     plan = pack.plan(found, capacity, packing)
     rows = pack.epoch(plan, seed, epoch, shuffle)
-    return plan, assemble(examples, rows, 0, len(plan), capacity, packing == "best_fit")
+    return plan, assemble(examples, rows, 0, (len(plan), capacity), packing == "best_fit")
 
 
 @pytest.mark.parametrize("overlong", ["truncate", "split", "drop"])

@@ -33,6 +33,8 @@ TABLE = [
     (H200, {"aligned": False}, "xla", "one positions array", True),
     (H200, {"dtype": "float32"}, "xla", "bfloat16 and float16", True),
     (H200, {"softcap": 50.0}, "xla", "soft-cap", True),
+    (H200, {"prefix": True}, "xla", "log-sum-exp", True),
+    (TPU, {"prefix": True}, "xla", "log-sum-exp", True),
     (H200, {"head_dim": 257}, "xla", "head dimension", True),
     (H200, {"head_dim": 100}, "xla", "head dimension", True),
     (H200, {"causal": False, "window": 8}, "xla", "only with causal", True),

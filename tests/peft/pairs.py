@@ -47,7 +47,7 @@ def ours(name: str) -> checkpoint.Loaded:
 def model(name: str) -> SimpleNamespace:
     """What `jaxft.peft.adapt` asks of a model."""
     loaded = ours(name)
-    return SimpleNamespace(params=loaded.params, names=loaded.names)
+    return SimpleNamespace(params=loaded.params, names=loaded.names, config=loaded.config, tokenizer=None)
 
 
 def logits(name: str, params: tree.Params, tokens_BT: np.ndarray = TOKENS) -> np.ndarray:
@@ -93,7 +93,8 @@ def peft_load(name: str, directory: Path) -> peft.PeftModel:
 
 
 def torch_logits(adapted: Any, tokens_BT: np.ndarray = TOKENS) -> np.ndarray:
-    return tiny.logits(adapted, tokens_BT)
+    """Of the tokens themselves: a prompt's own logits, which peft returns before them, are left out."""
+    return tiny.logits(adapted, tokens_BT)[:, -tokens_BT.shape[1] :]
 
 
 def moved(params: tree.Params, key: jax.Array, size: float = 0.1) -> tree.Params:

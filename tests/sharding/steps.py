@@ -25,10 +25,11 @@ ROW = OBJECTIVES["sft"]
 
 
 class Base(NamedTuple):
-    """The two fields that `peft.adapt` reads."""
+    """The fields that `peft.adapt` reads."""
 
     params: tree.Params
     names: Names
+    config: ModelConfig
 
 
 class Parts(NamedTuple):
@@ -47,10 +48,11 @@ def parts(raw: dict[str, Any], method: Any, dtype: Any, settings: OptimConfig, a
 
     def make(key: jax.Array) -> tree.Params:
         spread = 0.02 if abstract else 0.2
-        return peft.adapt(Base(init.random(config, names, key, dtype, spread), names), key, method)
+        return peft.adapt(Base(init.random(config, names, key, dtype, spread), names, config), key, method)
 
     params = (jax.eval_shape if abstract else lambda f, k: f(k))(make, jax.random.key(0))
-    mask = tree.trainable_mask(params, peft.method_of(method).select(method))
+    first = method if not isinstance(method, list) else method[0]
+    mask = tree.trainable_mask(params, peft.method_of(first).select(first))
     trainable, frozen = tree.partition(params, mask)
     return Parts(config, trainable, frozen, mask, optim.make(settings, trainable, 10))
 
@@ -76,8 +78,10 @@ def mesh(dims: tuple[int, int, int], devices: Any = None) -> Mesh:
     return Mesh(devices[: int(np.prod(dims))].reshape(dims), mesh_.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch(accumulate: int, rows: int, length: int, vocabulary: int) -> dict[str, np.ndarray]:
-    """Random tokens in rows of one to three documents of uneven length, padded; some tokens carry no loss."""
+def batch(accumulate: int, rows: int, length: int, vocabulary: int, reserved: int = 0) -> dict[str, np.ndarray]:
+    """Random tokens in rows of one to three documents of uneven length, padded; some tokens carry no loss.
+
+    `reserved`: positions that a prompt takes of each document."""
     rng = np.random.default_rng(0)
     segments = np.zeros((accumulate * rows, length), np.int32)
     positions = np.zeros_like(segments)
@@ -86,7 +90,7 @@ def batch(accumulate: int, rows: int, length: int, vocabulary: int) -> dict[str,
         for number, (start, end) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
             segments[row, start:end], positions[row, start:end] = number + 1, np.arange(end - start)
     tokens = np.where(segments > 0, rng.integers(0, vocabulary, segments.shape), 0).astype(np.int32)
-    learnt = (positions > 0) & (rng.random(segments.shape) < 0.7)
+    learnt = (positions > reserved) & (rng.random(segments.shape) < 0.7)
     rows_of = {"tokens": tokens, "positions": positions, "segments": segments, "loss_mask": learnt}
     return {name: value.reshape(accumulate, rows, length) for name, value in rows_of.items()}
 

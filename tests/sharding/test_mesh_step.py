@@ -27,12 +27,18 @@ MODELS = {
                     "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 8,
                     "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
 }  # fmt: skip
-METHODS = {"full": peft.Full(), "lora": peft.LoRA(rank=4, modules_to_save=("embed_tokens",))}
+METHODS = {
+    "full": peft.Full(),
+    "lora": peft.LoRA(rank=4, modules_to_save=("embed_tokens",)),
+    "slots": [peft.PTuning(tokens=2, encoder="lstm", hidden=8), peft.PrefixTuning(tokens=3, projection=True, hidden=8)],
+}
+RESERVED = {"slots": 2}
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 1, 2)]  # data x fsdp x tensor
 QUICK = {"xla_backend_optimization_level": 0}  # half the compile time
 CASES = [(m, s, "scan") for m in (("llama", "full"), ("gemma3_text", "lora")) for s in SHAPES] + [
     (("llama", "lora"), (2, 2, 2), "unrolled"),
     (("gemma3_text", "full"), (2, 2, 2), "scan"),
+    (("gemma3_text", "slots"), (2, 2, 2), "scan"),
 ]
 
 
@@ -49,7 +55,7 @@ def one_device(model: str, method: str) -> tuple[dict[str, np.ndarray], dict[str
     made = parts(model, method)
     begin = state.create(made.trainable, made.optimizer, jax.random.key(2))
     run = steps.build(made, jnp.float32, Execution(remat="full"), None)
-    batch = steps.batch(2, 8, 24, SIZES["vocab_size"])
+    batch = steps.batch(2, 8, 24, SIZES["vocab_size"], RESERVED.get(method, 0))
     return run.lower(begin, made.frozen, batch).compile(compiler_options=QUICK)(begin, made.frozen, batch)
 
 
@@ -65,7 +71,7 @@ def test_every_mesh_gives_what_one_device_gives(of, dims, loop):
     begin = state.create(made.trainable, made.optimizer, jax.random.key(2), shardings=where.state)
     frozen = jax.device_put(made.frozen, where.frozen)
     run = steps.build(made, jnp.float32, Execution(remat="full", unroll=loop == "unrolled", mesh=mesh), where)
-    batch = mesh_.placer(mesh)(steps.batch(2, 8, 24, SIZES["vocab_size"]))
+    batch = mesh_.placer(mesh)(steps.batch(2, 8, 24, SIZES["vocab_size"], RESERVED.get(of[1], 0)))
     run = run.lower(begin, frozen, batch).compile(compiler_options=QUICK)
     after, metrics = run(begin, frozen, batch)
 

@@ -125,3 +125,16 @@ def test_the_step_compiles_and_fits(name, tmp_path):
     assert not wide, "weights, gradients and activations cross the wire in bfloat16"
     head = (made.config.hidden_size, vocabulary)
     assert any(dtype == "bf16" and sorted(s) == sorted(head) for dtype, s in exchanged(text)), "the gathered head"
+
+
+@pytest.mark.usefixtures("for_a_chip_elsewhere")
+@pytest.mark.parametrize(("method", "by_kernel"), [(peft.PromptTuning(), True), (peft.PrefixTuning(), False)])
+def test_slots_compile(method, by_kernel, tmp_path):
+    """Two layers of the 1B shape: a prompt leaves attention to the kernel, a prefix goes through chunked XLA."""
+    raw = {**LLAMA_1B, "num_hidden_layers": 2, "vocab_size": 16384}
+    case = Case("v5e:2x4", (1, 4, 2), raw, method, 8, 1536, "full", 16, 0.4)
+    _, memory, text = compiled(case, tmp_path)
+    print(f"peak {memory.peak_memory_in_bytes / GIB:.2f} GiB")
+    assert memory.peak_memory_in_bytes / GIB < case.limit
+    assert ("splash_mha_fwd" in text) == by_kernel
+    assert not [s for _, s in arrays(text) if s.count(case.length) > 1], "[B, N, T, T]"

@@ -15,7 +15,7 @@ def config(fields: Fields) -> ModelConfig:
         layers=(Layer(),) * fields.get("num_hidden_layers"),
         ropes=llama.rope_of(fields, common),
         attn_scale=fields.get("attention_multiplier", 1.0),
-        embed_scale=fields.get("embedding_multiplier", 1.0),
+        input_scale=fields.get("embedding_multiplier", 1.0),
         residual_scale=fields.get("residual_multiplier", 1.0),
         logits_scale=1.0 / fields.get("logits_scaling", 1.0),
     )
