@@ -1,0 +1,40 @@
+"""Every method with everything else: each check of `jaxft.testing.model_checks` on each row of `METHODS`, unasked.
+
+Packing, accumulation, rematerialisation, generation with a cache, a mesh, many adapters at once, merging.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+
+from jaxft import peft
+from jaxft.peft import METHODS
+from jaxft.testing import model_checks
+from jaxft.testing.model_checks import Trial
+
+SMALL: dict[str, dict[str, Any]] = {
+    "full": {"select": "norms"},
+}
+"""Settings that fit a decoder of 32 features; the defaults otherwise."""
+LISTS = {
+    "lora + ia3": (peft.LoRA(rank=2), METHODS["ia3"].config()),
+}
+
+
+@functools.cache
+def trial(name: str) -> Trial:
+    if name in LISTS:
+        return Trial(LISTS[name])
+    return Trial(dataclasses.replace(METHODS[name].config(), **SMALL.get(name, {})), identity=name not in NEW)
+
+
+NEW: set[str] = set()
+"""Methods that are not the identity before training: prompts and prefixes."""
+
+
+@pytest.mark.parametrize("name", [*METHODS, *LISTS])
+@pytest.mark.parametrize("check", model_checks.CHECKS, ids=lambda check: check.__name__)
+def test_method(check, name):
+    check(trial(name))
