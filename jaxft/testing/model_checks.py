@@ -16,7 +16,7 @@ from jaxft import peft
 from jaxft.core import tree
 from jaxft.core import weight as weights
 from jaxft.core.names import Names
-from jaxft.models import decoder, families, init
+from jaxft.models import decoder, families, init, slots
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
@@ -86,7 +86,7 @@ class Trial:
     @property
     def before(self) -> int:
         """Positions that a prompt takes before each document."""
-        return 0
+        return slots.prompt_length(self.fresh[0])
 
     @functools.cached_property
     def batch(self) -> Batch:

@@ -30,7 +30,7 @@ def trial(name: str) -> Trial:
     return Trial(dataclasses.replace(METHODS[name].config(), **SMALL.get(name, {})), identity=name not in NEW)
 
 
-NEW: set[str] = set()
+NEW = {"prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "multitask_prompt_tuning"}
 """Methods that are not the identity before training: prompts and prefixes."""
 
 
