@@ -16,6 +16,7 @@ from jaxft.testing.model_checks import Trial
 
 SMALL: dict[str, dict[str, Any]] = {
     "full": {"select": "norms"},
+    "road": {"group_size": 16},
 }
 """Settings that fit a decoder of 32 features; the defaults otherwise."""
 LISTS = {
@@ -30,8 +31,8 @@ def trial(name: str) -> Trial:
     return Trial(dataclasses.replace(METHODS[name].config(), **SMALL.get(name, {})), identity=name not in NEW)
 
 
-NEW = {"prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "multitask_prompt_tuning"}
-"""Methods that are not the identity before training: prompts and prefixes."""
+NEW = {"houlsby", "pfeiffer", "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "multitask_prompt_tuning"}
+"""Methods that are not the identity before training: prompts, prefixes, and bottlenecks drawn as AdapterHub does."""
 
 
 @pytest.mark.parametrize("name", [*METHODS, *LISTS])
