@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("jaxft.cli.eval", "Measure loss, perplexity and exact match on held-out data"),
     "compare": ("jaxft.cli.compare", "Train many methods on one task at one size, and rank them"),
     "merge": ("jaxft.cli.merge", "Work an adapter into its model's weights"),
+    "combine": ("jaxft.cli.combine", "Make one adapter of several on the same base"),
     "export": ("jaxft.cli.export", "Write a model or adapter for others to load, or push it to the hub"),
     "data": ("jaxft.cli.data", "Show the exact tokens, which of them are learnt, and length statistics"),
     "recipes": ("jaxft.cli.recipes", "List the shipped configs, or print one"),

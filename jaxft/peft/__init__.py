@@ -38,6 +38,7 @@ from jaxft.peft import (
     vera,
 )
 from jaxft.peft.adalora import AdaLoRA
+from jaxft.peft.arithmetic import combine, scale
 from jaxft.peft.boft import BOFT
 from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
 from jaxft.peft.calibration import Calibration
@@ -222,6 +223,8 @@ __all__ = [
     "VeRA",
     "adapt",
     "calibrate",
+    "combine",
     "hooks",
     "method_of",
+    "scale",
 ]

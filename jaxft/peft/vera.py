@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,8 @@ class VeRAWeight(Weight):
     gate: jax.Array
     key: jax.Array | None = None
     rate: float = static(default=0.0)
+
+    linear: ClassVar[tuple[str, ...]] = ("b",)
 
     def __rmatmul__(self, x):
         rows, columns = self.shape
