@@ -90,6 +90,15 @@ def layers_left_out_are_the_base(s: Subject) -> None:
         require(not any(g.any() for g in jax.tree.leaves(grads)), f"layer {i} is not adapted but has gradients")
 
 
+def multiples_of_linear_fields(s: Subject) -> None:
+    """A multiple of the fields that it calls linear is that multiple of what it adds to the base."""
+    w = s.stack[1]
+    if w.linear:
+        thrice = dataclasses.replace(w, **{name: 3.0 * getattr(w, name) for name in w.linear})  # type: ignore[type-var]
+        base = s.x @ tree.strip(w)
+        same(s.x @ thrice - base, 3.0 * (s.x @ w - base), f"3 times {', '.join(w.linear)} and 3 times the update", 1e-4)
+
+
 def take_and_unembed_equal_dense(s: Subject) -> None:
     """As an embedding: look-up and tied head are those of the dense matrix, gradients too."""
     if not s.row.embedding:
@@ -235,6 +244,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     dense_of_a_layer_is_the_layer_of_dense,
     gradients_equal_dense_autodiff,
     layers_left_out_are_the_base,
+    multiples_of_linear_fields,
     take_and_unembed_equal_dense,
     ragged_dot_equals_each_expert,
     bf16_model_with_f32_adapters,
