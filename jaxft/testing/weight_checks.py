@@ -95,7 +95,7 @@ def multiples_of_linear_fields(s: Subject) -> None:
     w = s.stack[1]
     if w.linear:
         thrice = dataclasses.replace(w, **{name: 3.0 * getattr(w, name) for name in w.linear})  # type: ignore[type-var]
-        base = s.x @ tree.strip(w)
+        base = s.x @ w.base
         same(s.x @ thrice - base, 3.0 * (s.x @ w - base), f"3 times {', '.join(w.linear)} and 3 times the update", 1e-4)
 
 
