@@ -5,7 +5,6 @@ Shapes only, nothing is allocated; the numbers are the TPU compiler's own memory
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxft import peft
 from jaxft.core import tree
@@ -51,18 +49,6 @@ CASES = {
     "1B in full on v5e:2x4": Case("v5e:2x4", (1, 8, 1), LLAMA_1B, peft.Full(), 8, 1536, "full", 16, 4.2),
     "1B in full on v6e:4x4": Case("v6e:4x4", (2, 4, 2), LLAMA_1B, peft.Full(), 16, 1536, "attn", 32, 4.2),
 }
-
-
-@pytest.fixture
-def for_a_chip_elsewhere() -> Iterator[None]:
-    """No cache on disk, which cannot read such a program back, and the precision that users run with."""
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    with jax.default_matmul_precision("default"):
-        yield
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()
 
 
 def compiled(case: Case, folder: Path) -> tuple[steps.Parts, Any, str]:
