@@ -36,6 +36,9 @@ class Tap(Weight):
             raise ValueError(f"tap: got inputs {list(x.shape)}; expected [*{list(mask.shape)}, features], as the mask")
         return _watched(x, self.gram, self.total, self.count, *_weights(x, mask, self.scaled)) @ self.base
 
+    def dense(self):
+        return self.base.dense() if isinstance(self.base, Weight) else self.base
+
     def axes(self, names):
         stack, rows = names[:-2], names[-2]
         moments = {"gram": (*stack, rows, None), "total": (*stack, rows), "count": stack}

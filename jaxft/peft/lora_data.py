@@ -106,6 +106,8 @@ def _principal(gram: jax.Array, total: jax.Array, count: jax.Array, most: int, w
     values, vectors = jnp.maximum(values[::-1], 0.0), vectors[:, ::-1]
     ratios = values[:most] / jnp.sum(values)
     vectors = vectors[:, :most]
+    largest = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=0)[None], axis=0)
+    vectors = vectors * jnp.sign(largest)  # peft's choice of the two
     if whiten:
         vectors = vectors / values[:most] ** 0.25
     return vectors, ratios
