@@ -20,13 +20,9 @@ def equal_torch(name: str, params: tree.Params, directory: Path) -> None:
     made = pairs.quietly(peft.PeftModel.from_pretrained, pairs.torch_model(name), str(adapter), is_trainable=True)
     batch = torch.as_tensor(pairs.TOKENS).long()
     made.eval()(batch, labels=batch).loss.backward()
-    theirs = {
-        key.removeprefix("base_model.model.").replace(".default", "").replace(".modules_to_save", ""): p.grad.numpy()
-        for key, p in made.named_parameters()
-        if p.requires_grad
-    }
+    theirs = {_on_disk(key): p.grad.numpy() for key, p in made.named_parameters() if p.requires_grad}
     trainable, frozen = tree.partition(params, tree.trainable_mask(params))
-    gradient = jax.jit(jax.grad(lambda t: _loss(name, tree.combine(t, frozen))))(trainable)
+    gradient = jax.jit(jax.grad(lambda t: loss(name, tree.combine(t, frozen))))(trainable)
     # a gradient has the structure of what it is of, so the writer of adapters gives its tensors peft's names
     _, tensors = disk.read(pairs.save(name, tree.combine(gradient, frozen), directory / "gradient"))
     assert set(tensors) == set(theirs)
@@ -35,7 +31,15 @@ def equal_torch(name: str, params: tree.Params, directory: Path) -> None:
         np.testing.assert_allclose(tensors[tensor], expected, rtol=1e-5, atol=1e-5, err_msg=tensor)
 
 
-def _loss(name: str, params: tree.Params) -> jax.Array:
+def _on_disk(key: str) -> str:
+    """What a parameter of peft's model is called in an adapter's file."""
+    for own, stored in ((".default", ""), (".modules_to_save", ""), ("magnitude_vector.weight", "magnitude_vector")):
+        key = key.replace(own, stored)
+    return key.removeprefix("base_model.model.")
+
+
+def loss(name: str, params: tree.Params) -> jax.Array:
+    """The mean cross-entropy of `pairs.TOKENS`."""
     config = pairs.ours(name).config
     tokens = jnp.asarray(pairs.TOKENS)
     hidden, _, _ = decoder.forward(config, params, tokens, None, None)

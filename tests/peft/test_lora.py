@@ -14,7 +14,8 @@ from jaxft import peft as jaxft_peft
 from jaxft.core import tree
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, InPlace
-from jaxft.peft import LoRA, lora, sites
+from jaxft.peft import DoRA, LoRA, LoRAFA, lora, sites
+from jaxft.training import optim
 from tests.peft import gradients, pairs
 
 L, D, F = 3, 64, 48
@@ -99,6 +100,7 @@ GRADIENTS = {
     "tied embedding": ("llama_tied", LoRA(rank=4, targets=("embed_tokens", "k_proj"))),
     "tied head": ("llama_tied", LoRA(rank=4, targets=("lm_head",), modules_to_save=("embed_tokens",))),
     "gpt2": ("gpt2", LoRA(rank=4, targets=("c_attn", "wte"))),
+    "bias of B": ("qwen2", LoRA(rank=4, targets=("q_proj", "up_proj"), lora_bias=True)),
 }  # fmt: skip
 
 
@@ -108,6 +110,37 @@ def test_gradients_of_one_step_equal_torch(case, tmp_path, key):
     name, config = GRADIENTS[case]
     params = pairs.adapted(name, config, key)
     gradients.equal_torch(name, params, tmp_path)
+
+
+@pytest.mark.parametrize("config, parameters", [
+    (LoRA(rank=4, targets=("w",)), 4 * (D + F)),
+    (LoRA(rank=4, targets=("w",), lora_bias=True), 4 * (D + F) + F),
+    (LoRA(rank=4, targets=("w",), init="pissa"), 4 * (D + F)),
+    (LoRAFA(rank=4, targets=("w",)), 4 * F),
+    (DoRA(rank=4, targets=("w",)), 4 * (D + F) + F),
+])  # fmt: skip
+def test_number_of_parameters(config, parameters):
+    """r (in + out); and out for a bias, out for lengths; r out where A is frozen."""
+    w = adapted(config)
+    assert tree.count(tree.partition(w, tree.trainable_mask(w))[0]) == L * parameters
+
+
+def test_lora_plus_raises_the_rate_of_b():
+    """Of B, and as in peft of vectors; of an embedding both factors keep theirs."""
+    params = jaxft_peft.adapt(
+        pairs.model("llama"), jax.random.key(0), LoRA(rank=2, targets=("embed_tokens", "q_proj"), lora_plus=16)
+    )
+    trainable, _ = tree.partition(params, tree.trainable_mask(params))
+    groups = jaxft_peft.METHODS["lora"].groups
+    assert groups(LoRA()) == {}
+    factors = dict(tree.paths(optim.multipliers(groups(LoRA(lora_plus=16)), trainable)))
+    assert factors == {
+        "embed/tokens/a": 1.0, "embed/tokens/b": 1.0, "layers/attn/q/a": 1.0, "layers/attn/q/b": 16.0,
+    }  # fmt: skip
+    dora = jaxft_peft.adapt(pairs.model("qwen2"), jax.random.key(0), DoRA(rank=2, targets=("q_proj",), bias="all"))
+    trainable, _ = tree.partition(dora, tree.trainable_mask(dora))
+    high = {p for p, f in tree.paths(optim.multipliers(groups(DoRA(lora_plus=4)), trainable)) if f == 4.0}
+    assert high == {"layers/attn/q/base/b", "layers/attn/q/base/magnitude"}
 
 
 def test_padding_and_unadapted_layers_never_move():
