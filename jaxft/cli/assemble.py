@@ -25,7 +25,7 @@ from jaxft.objectives import OBJECTIVES
 from jaxft.rollout import score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
-from jaxft.training import optim, state
+from jaxft.training import optim, prefetch, state
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
@@ -71,10 +71,25 @@ def model(config: RunConfig, mesh: Mesh | None) -> Model:
     return dataclasses.replace(found, own_tokenizer=found.tokenizer)
 
 
-def split(config: RunConfig, base: Model, mesh: Mesh | None) -> Split:
+def statistics(config: RunConfig, base: Model, prepared: Prepared, how: Execution) -> dict[str, Any]:
+    """What methods that begin from data ask of the first training batches, by path; empty if there are none."""
+    dtype = base.params["embed"]["tokens"].dtype
+    scored = score.make_score(base.config, dtype=dtype, execution=dataclasses.replace(how, unroll=False))
+    place, found = mesh_.placer(how.mesh), dict[str, Any]()
+    for method in [choice.value for choice in config.peft]:
+        if peft.method_of(method).calibrate(method) is not None:
+            loader = Loader(prepared.train, config.data, batch_rows=config.train.batch)
+            numbers = range(min(method.calibration_batches, loader.batches_per_epoch))
+            batches = (place(prefetch.split(loader.batch(i), 1)) for i in numbers)
+            rows = ({name: value[0] for name, value in batch.items()} for batch in batches)
+            found |= peft.calibrate(base, rows, method, lambda params, batch: scored("policy", params, batch)["logp"])
+    return found
+
+
+def split(config: RunConfig, base: Model, mesh: Mesh | None, statistics: dict[str, Any] | None = None) -> Split:
     """The methods applied to the base, and the parameters split into trained and frozen."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    params, mask, rates = peft.adapt_for_training(base, key, [choice.value for choice in config.peft])
+    params, mask, rates = peft.adapt_for_training(base, key, [choice.value for choice in config.peft], statistics)
     trainable, frozen = tree.partition(params, mask)
     if mesh is None:
         return Split(trainable, frozen, rates, None)

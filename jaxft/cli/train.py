@@ -56,9 +56,9 @@ def run(config: RunConfig) -> int:
     train, held_out = assemble.loaders(config, prepared)
     console.print(*train.report().lines(), sep="\n")
 
-    parts = assemble.split(config, base, mesh)
-    assemble.check_tasks(parts.trainable, prepared.train, prepared.held_out)
     how = assemble.execution(config, mesh)
+    parts = assemble.split(config, base, mesh, assemble.statistics(config, base, prepared, how))
+    assemble.check_tasks(parts.trainable, prepared.train, prepared.held_out)
     steps = loop.total_steps(config.train, train.batches_per_epoch)
     hooks = assemble.hooks(config, parts, steps)
     optimizer, first, places = assemble.start(config, parts, steps, mesh, hooks)

@@ -129,3 +129,24 @@ def test_a_metric_that_is_not_evaluated_is_refused_before_training(capsys, words
     code, _, err = jaxft(capsys, *words, "eval.metric=foo")
     assert code == 2 and "eval.metric" in err and "perplexity" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_factors_that_begin_from_data(capsys, words, tiny, tmp_path):
+    """Measured on the training batches before the first step, and the same when the run goes on."""
+    run = tmp_path / "run"
+    settings = [
+        "peft.init=eva",
+        "peft.rank=4",
+        "peft.targets=[q_proj,down_proj]",
+        "checkpoint.every=2",
+        "eval.samples=0",
+    ]
+    code, _, err = jaxft(capsys, *words, *settings, "train.steps=2")
+    assert code == 0, err
+    code, _, err = jaxft(capsys, *words, *settings, "--resume")
+    assert code == 0, err
+    losses = [row["loss"] for row in metrics(run) if "loss" in row]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    written = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert written["rank_pattern"], "ranks have moved between layers"
+    assert abs(torch_logits(tiny, run / "adapter") - torch_logits(tiny)).max() > 1e-2
