@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compare": ("jaxft.cli.compare", "Train many methods on one task at one size, and rank them"),
     "merge": ("jaxft.cli.merge", "Work an adapter into its model's weights"),
     "combine": ("jaxft.cli.combine", "Make one adapter of several on the same base"),
+    "inspect": ("jaxft.cli.inspect", "Tell what is in an adapter, without its model"),
     "export": ("jaxft.cli.export", "Write a model or adapter for others to load, or push it to the hub"),
     "data": ("jaxft.cli.data", "Show the exact tokens, which of them are learnt, and length statistics"),
     "recipes": ("jaxft.cli.recipes", "List the shipped configs, or print one"),

@@ -38,6 +38,11 @@ def some(names: list[str], limit: int = 5) -> str:
 
 def read(directory: Path) -> tuple[dict[str, Any], Tensors]:
     """The config and all tensors. Raises AdapterError for anything but a whole safetensors adapter."""
+    return read_config(directory), _tensors(weights_file(directory))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The adapter's config. Raises AdapterError where there is none, or none that can be read."""
     file = directory / CONFIG
     if not file.is_file():
         held = some(sorted(p.name for p in directory.iterdir())) if directory.is_dir() else "no such directory"
@@ -48,10 +53,11 @@ def read(directory: Path) -> tuple[dict[str, Any], Tensors]:
         raise AdapterError(file, f"text that is not JSON ({error})", "a JSON object", "Fetch it again.") from None
     if not isinstance(config, dict):
         raise AdapterError(file, f"a JSON {type(config).__name__}", "a JSON object", "Fetch it again.")
-    return config, _tensors(directory)
+    return config
 
 
-def _tensors(directory: Path) -> Tensors:
+def weights_file(directory: Path) -> Path:
+    """The file of the adapter's tensors. Raises AdapterError where there is none, or only a pickle."""
     file = directory / WEIGHTS
     if not file.is_file():
         if (directory / PICKLE).is_file():
@@ -63,6 +69,10 @@ def _tensors(directory: Path) -> Tensors:
             )
             raise AdapterError(directory, f"only pickled weights ({PICKLE})", WEIGHTS, remedy)
         raise AdapterError(directory, f"no {WEIGHTS}", "the adapter's weights", "The download is not complete.")
+    return file
+
+
+def _tensors(file: Path) -> Tensors:
     try:
         tensors = safetensors.load_file(file)
     except (SafetensorError, KeyError) as error:

@@ -21,6 +21,7 @@ COMMON = (
     "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "inference_mode", "modules_to_save",
     "peft_type", "peft_version", "revision", "task_type",
 )  # fmt: skip
+SILENT = (None, False, "", [], {})  # values that say nothing
 README = """---
 base_model: {base}
 library_name: peft
@@ -102,8 +103,10 @@ def restore(
 
     Raises AdapterError naming what is not understood, missing or of another shape."""
     config = _modern(config, tensors)
-    form = _format_named(where, config)
-    _refuse_fields(where, config, form)
+    _, form = format_named(where, config)
+    for field, value in unknown_fields(config, form).items():
+        remedy = "It changes what the adapter computes, and jaxft does not know how."
+        raise AdapterError(f"{where / disk.CONFIG}: {field}", repr(value), "nothing", remedy)
     form.refuse(where, config)
     names = places.rows(names)
     modules = tuple(config.get("modules_to_save") or ())
@@ -128,20 +131,18 @@ def _modern(config: Fields, tensors: Tensors) -> Fields:
     return config
 
 
-def _format_named(where: Path, config: dict[str, Any]) -> Format | SlotFormat:
+def format_named(where: Path, config: Fields) -> tuple[str, Format | SlotFormat]:
+    """The method that a config is of, and how it is stored. Raises AdapterError for one that is not known."""
     kind = config.get("peft_type")
-    known = [m.hf for m in METHODS.values() if m.hf is not None]
-    forms = [form for form in known if form.peft_type == kind and form.claims(config)]
-    if not forms:
-        types = ", ".join(dict.fromkeys(form.peft_type for form in known))
+    known = {name: m.hf for name, m in METHODS.items() if m.hf is not None}
+    found = [(name, form) for name, form in known.items() if form.peft_type == kind and form.claims(config)]
+    if not found:
+        types = ", ".join(dict.fromkeys(form.peft_type for form in known.values()))
         raise AdapterError(where / disk.CONFIG, f"peft_type {kind!r}", f"one of {types}")
-    return forms[0]
+    return found[0]
 
 
-def _refuse_fields(where: Path, config: dict[str, Any], form: Format | SlotFormat) -> None:
-    """Raises AdapterError for a field that says something which is not understood."""
+def unknown_fields(config: Fields, form: Format | SlotFormat) -> Fields:
+    """The fields that say something which is not understood."""
     known = {*COMMON, *form.fields}
-    for field, value in config.items():
-        if field not in known and value not in (None, False, "", [], {}):
-            remedy = "It changes what the adapter computes, and jaxft does not know how."
-            raise AdapterError(f"{where / disk.CONFIG}: {field}", repr(value), "nothing", remedy)
+    return {name: value for name, value in config.items() if name not in known and value not in SILENT}
