@@ -161,7 +161,11 @@ def merge(params: Params) -> Params:
 
 def _finite(path: str, merged: Any) -> Any:
     for where, a in paths(merged):
-        if not isinstance(a, Tracer) and not bool(jnp.all(jnp.isfinite(a))):
+        if isinstance(a, Tracer):
+            continue
+        with jax.ensure_compile_time_eval():  # a constant of a program that is being traced
+            finite = bool(jnp.all(jnp.isfinite(a)))
+        if not finite:
             raise ValueError(
                 f"{'/'.join(filter(None, (path, where)))}: merging gives numbers that are not finite, so the base is "
                 "left as it is; expected a finite adapter. Go back to a checkpoint from before training diverged."

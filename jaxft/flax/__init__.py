@@ -1,4 +1,4 @@
-"""The bridge to Flax: every method that wraps weights on any linen or NNX model; a jaxft model as a module of either."""
+"""The bridge to Flax: every method that wraps weights on any linen or NNX model, and jaxft models as modules."""
 
 from jaxft.flax import linen, nnx
 

@@ -97,11 +97,14 @@ def adapt(params: dict[str, Any], seen: Seen, key: jax.Array, methods: Any) -> d
     made: dict[str, Kernel] = {path: w for path, w in params.items() if isinstance(w, Kernel)}
     for i, config in enumerate(methods if isinstance(methods, Sequence) else [methods]):
         _refuse(config)
-        found = _select(places(seen, params), config, seen)
+        found, mine = _select(places(seen, params), config, seen), jax.random.fold_in(key, i)
+        for place in found:
+            if place.path not in made:
+                made[place.path] = kernels.make(params[place.path], place.layout, place.use)
+        sizes = [made[place.path].base.shape[-2:] for place in found]
+        shared = config.share(sizes, jax.random.fold_in(mine, len(found)))
         for j, place in enumerate(found):
-            drawn = jax.random.fold_in(jax.random.fold_in(key, i), j)
-            old = made.get(place.path) or kernels.make(params[place.path], place.layout, place.use)
-            made[place.path] = _wrap(old, place, config, drawn)
+            made[place.path] = _wrap(made[place.path], place, config, jax.random.fold_in(mine, j), shared)
     return made
 
 
@@ -138,7 +141,7 @@ def _select(found: list[Place], config: Targeted, seen: Seen) -> list[Place]:
     return selected
 
 
-def _wrap(old: Kernel, place: Place, config: Targeted, key: jax.Array) -> Kernel:
+def _wrap(old: Kernel, place: Place, config: Targeted, key: jax.Array, shared: Any) -> Kernel:
     """One parameter adapted, in all the layers of its stack or those of ``config.layers``."""
     if place.use == "lookup" and not config.embeddings:
         raise ValueError(
@@ -158,7 +161,7 @@ def _wrap(old: Kernel, place: Place, config: Targeted, key: jax.Array) -> Kernel
 
     def adapted(base: Any) -> Any:
         modules = (place.name.module,) * max(layers.size, 1)
-        return config.wrap(Site(base, place.name, modules, layers, key, follows))
+        return config.wrap(Site(base, place.name, modules, layers, key, follows, shared=shared))
 
     if config.outside and place.bias is not None and old.bias is None:
         return dataclasses.replace(old, base=adapted(Affine(old.base, None)), bias=place.bias)

@@ -9,13 +9,23 @@ Any model works, also one written by others: its modules are not known, replaced
 layer's kernel, an embedding, a convolution's kernel and a parameter of your own that is multiplied by are all targets.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
+from flax import core
 from flax import linen as nn
 
 from jaxft.core import tree
+from jaxft.core.names import Names
 from jaxft.flax import adapt as adapting
+from jaxft.flax import storage
+from jaxft.model import Model
+from jaxft.models import decoder, heads
+from jaxft.models import init as initial
+from jaxft.models.config import ModelConfig
+from jaxft.models.decoder import Execution
 
 Variables = Any  # what init returns and apply takes: {"params": ..., other collections}
 
@@ -39,7 +49,7 @@ def adapt(model: nn.Module, variables: Variables, key: jax.Array, method: Any, *
 
     def trial(*arrays: Any) -> Any:
         args, kwargs = shapes(arrays)
-        return apply(model, made, *args, **kwargs)
+        return apply(model, tree.dropout_keys(made, key), *args, **kwargs)
 
     jax.eval_shape(trial, *abstract)
     return made
@@ -66,6 +76,42 @@ def strip(variables: Variables) -> Variables:
     return _replaced(variables, adapting.strip(_leaves(variables)))
 
 
+def save(variables: Variables, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Writes the adapters, without the model; see `storage.save` for what is refused."""
+    return storage.save(_leaves(variables), directory, overwrite)
+
+
+def load(variables: Variables, directory: str | os.PathLike[str]) -> Variables:
+    """Variables adapted as they were when saved (by `adapt`, with any key), with the adapters that were saved."""
+    return _replaced(variables, storage.load(_leaves(variables), directory))
+
+
+class LanguageModel(nn.Module):
+    """A jaxft model as a linen module. Its "params" are the model's own tree, adapters included."""
+
+    config: ModelConfig
+    names: Names
+    dtype: Any = "float32"
+    """Of parameters made by ``init``."""
+    execution: Execution = decoder.DEFAULT
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segments: jax.Array | None = None):
+        """Token ids int32[B, T] to logits float32[B, T, V]; ``positions`` and ``segments`` as in `decoder.forward`."""
+        if self.is_initializing():
+            made = initial.random(self.config, self.names, self.make_rng("params"), self.dtype)
+            params = {name: self.param(name, lambda _, part=part: part) for name, part in made.items()}
+        else:
+            params = core.unfreeze(self.variables["params"])
+        hidden, _, _ = decoder.forward(self.config, params, tokens, positions, segments, execution=self.execution)
+        return heads.logits(self.config, heads.head_of(self.config, params), hidden)
+
+
+def from_model(model: Model, execution: Execution = decoder.DEFAULT) -> tuple[LanguageModel, Variables]:
+    """(module, variables): ``module.apply(variables, tokens)``. For adapters, ``{"params": adapted}``."""
+    return LanguageModel(model.config, model.names, execution=execution), {"params": model.params}
+
+
 def _leaves(variables: Variables) -> dict[str, Any]:
     """Parameters by path."""
     return dict(tree.paths(variables["params"], inside=False))
@@ -74,4 +120,3 @@ def _leaves(variables: Variables) -> dict[str, Any]:
 def _replaced(variables: Variables, values: dict[str, Any]) -> Variables:
     params = tree.map_weights(lambda path, w: values.get(path, w), variables["params"])
     return {**variables, "params": params}
-

@@ -11,7 +11,9 @@ train are `Adapter` variables, the others `Constant`, so that filters tell them 
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,12 @@ from flax import nnx
 
 from jaxft.core import tree
 from jaxft.flax import adapt as adapting
+from jaxft.flax import storage
 from jaxft.flax.kernel import Kernel, rebased
+from jaxft.model import Model
+from jaxft.models import decoder, heads
+from jaxft.models.config import ModelConfig
+from jaxft.models.decoder import Execution
 
 
 class Adapter(nnx.Variable):
@@ -30,22 +37,22 @@ class Constant(nnx.Variable):
     """An array of an adapter that does not train: a scale, a rank, a random projection."""
 
 
-class Fields(nnx.Module):
-    """The arrays of one adapted parameter, by their path in its `Kernel`."""
+class Arrays(nnx.Module):
+    """A tree of Weights, each of its arrays a variable under its path; ``trains`` and ``own`` say of what kind."""
 
-    def __init__(self, kernel: Kernel):
-        hollow = rebased(kernel, None)
-        leaves, self.structure = jax.tree.flatten(hollow)
-        trains = jax.tree.leaves(tree.trainable_mask({"": hollow}))
-        self.arrays = nnx.Dict({
-            path: (Adapter if train else Constant)(leaf)
-            for (path, _), leaf, train in zip(tree.paths(hollow), leaves, trains, strict=True)
-        })
-        self.names = tuple(path for path, _ in tree.paths(hollow))
+    def __init__(self, weights: Any, trains: Any, own: Any = None):
+        self.structure = jax.tree.structure(weights)
+        self.names = tuple(path for path, _ in tree.paths(weights))
+        owns = [False] * len(self.names) if own is None else jax.tree.leaves(own)
+        kinds = [
+            Adapter if t else nnx.Param if o else Constant for t, o in zip(jax.tree.leaves(trains), owns, strict=True)
+        ]
+        arrays = zip(self.names, kinds, jax.tree.leaves(weights), strict=True)
+        self.arrays = nnx.Dict({name: kind(array) for name, kind, array in arrays})
 
-    def kernel(self, array: Any) -> Kernel:
-        """The adapted parameter on the model's own array."""
-        return rebased(self.structure.unflatten([self.arrays[n].get_value() for n in self.names]), array)
+    def tree(self) -> Any:
+        """The tree of Weights as the variables now are."""
+        return self.structure.unflatten([self.arrays[name].get_value() for name in self.names])
 
 
 class Adapted(nnx.Module):
@@ -56,7 +63,8 @@ class Adapted(nnx.Module):
 
     def __init__(self, model: nnx.Module, kernels: dict[str, Kernel], key: jax.Array):
         self.model = model
-        self.adapters = nnx.Dict({path: Fields(kernel) for path, kernel in kernels.items()})
+        hollow = {path: rebased(kernel, None) for path, kernel in kernels.items()}
+        self.adapters = nnx.Dict({path: Arrays(w, tree.trainable_mask({"": w})) for path, w in hollow.items()})
         self.rngs = nnx.Rngs(dropout=key)
         self.deterministic = False
         keyed = tree.dropout_keys(kernels, key)
@@ -110,6 +118,44 @@ def merge(model: Adapted) -> Any:
     return plain
 
 
+def save(model: Adapted, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Writes the adapters, without the model; see `storage.save` for what is refused."""
+    return storage.save(_params(model), directory, overwrite)
+
+
+def load(model: Adapted, directory: str | os.PathLike[str]) -> None:
+    """Puts saved adapters into a model that is adapted as it was when saved (by `adapt`, with any key)."""
+    for path, w in storage.load(_params(model), directory).items():
+        if path in model.adapters:
+            for name, array in tree.paths(rebased(w, None)):
+                model.adapters[path].arrays[name].set_value(array)
+
+
+class LanguageModel(nnx.Module):
+    """A jaxft model as an NNX module: the arrays that its adapters train are `Adapter` variables, other arrays of
+    adapters `Constant`, and the model's own `nnx.Param`."""
+
+    def __init__(self, config: ModelConfig, params: tree.Params, execution: Execution):
+        self.config, self.execution = config, execution
+        own = tree.trainable_mask(params, "full")
+        adapted = jax.tree.structure(params) != jax.tree.structure(tree.strip(params))
+        trains = tree.trainable_mask(params) if adapted else jax.tree.map(lambda _: False, own)
+        self.params = Arrays(params, trains, own)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, segments: jax.Array | None = None):
+        """Token ids int32[B, T] to logits float32[B, T, V]; ``positions`` and ``segments`` as in `decoder.forward`."""
+        params = self.params.tree()
+        hidden, _, _ = decoder.forward(self.config, params, tokens, positions, segments, execution=self.execution)
+        return heads.logits(self.config, heads.head_of(self.config, params), hidden)
+
+
+def from_model(model: Model, params: tree.Params = None, execution: Execution = decoder.DEFAULT) -> LanguageModel:
+    """The model as a module, with its own parameters or ``params``, adapted ones for example.
+
+    ``module.params.tree()`` gives them back, trained, for `jaxft.save_adapter` and all else."""
+    return LanguageModel(model.config, model.params if params is None else params, execution)
+
+
 def _run(model: Adapted, name: str, /, *args: Any, **kwargs: Any) -> Any:
     """A method of the model with the adapters in effect; what it changes in the model or its arguments is changed."""
     key = None if model.deterministic or not model.drops else model.rngs.dropout()
@@ -144,7 +190,9 @@ def _own_params(model: nnx.Module) -> dict[str, Any]:
 def _params(model: Adapted, key: jax.Array | None = None) -> dict[str, Any]:
     """The model's parameters by path, adapted; dropout is on with a ``key``."""
     own = _own_params(model.model)
-    return own | tree.dropout_keys({path: f.kernel(own[path]) for path, f in model.adapters.items()}, key)
+    return own | tree.dropout_keys(
+        {path: rebased(arrays.tree(), own[path]) for path, arrays in model.adapters.items()}, key
+    )
 
 
 def _flat(node: Any) -> list[tuple[Any, Any]]:

@@ -119,14 +119,15 @@ def _finished(eqn: Any, values: list[Any], h: Held, use: str, layout: Layout, mu
         y = _seen(eqn, values, h, use, layout)
         return Product(h, lambda bias: y, shape, dims)
     kernel = h.value
-    if kernel.bias is None:
-        return multiply(kernel.base)
     stack = tuple(kernel.sizes[a] for a in layout.stack[len(h.walked) :])
 
     def finish(bias: jax.Array | None) -> jax.Array:
-        return multiply(with_bias(kernel.base, None if bias is None else bias.reshape(*stack, -1)))
+        try:
+            return multiply(with_bias(kernel.base, None if bias is None else bias.reshape(*stack, -1)))
+        except TypeError as error:
+            raise TypeError(f"{h.path}, used as a {use}: {error}") from error
 
-    return Product(h, finish, shape, dims)
+    return finish(None) if kernel.bias is None else Product(h, finish, shape, dims)
 
 
 def _seen(eqn: Any, values: list[Any], h: Held, use: str, layout: Layout) -> Any:

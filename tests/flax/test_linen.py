@@ -1,0 +1,320 @@
+"""Methods on linen models: the same numbers as the plain model that merging gives, and nothing dense on the way."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+
+import jaxft
+from jaxft.core import tree
+from jaxft.core.weight import NotMergeable
+from jaxft.flax import linen
+from jaxft.flax.kernel import Kernel
+from jaxft.peft import METHODS, LoRA, Targeted
+from jaxft.peft.disk import AdapterError
+from jaxft.testing import jaxprs
+from tests.flax.linen_models import CASES, Convolutions, Transformer, ids, numbers
+
+KEY = jax.random.key(1)
+cases = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def plain(name: str):
+    case = CASES[name]
+    return jax.jit(case.model.init)(jax.random.key(0), case.example())
+
+
+@functools.cache
+def adapted(name: str):
+    case = CASES[name]
+    config = LoRA(rank=2, targets=case.targets)
+    return jax.jit(lambda v: linen.adapt(case.model, v, KEY, config, case.example()))(plain(name))
+
+
+@jax.jit
+def moved(variables):
+    """Adapters away from the identity."""
+    trainable, frozen = jaxft.partition(variables, jaxft.trainable_mask(variables))
+    drawn = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(KEY, a.shape), trainable)
+    return jaxft.combine(drawn, frozen)
+
+
+def kernels(variables) -> dict[str, Kernel]:
+    return {path: w for path, w in tree.paths(variables["params"], inside=False) if isinstance(w, Kernel)}
+
+
+def merged(model, variables, *args, **kwargs):
+    """What the plain model gives with the adapters folded in."""
+    return model.apply(linen.merge(variables), *args, **kwargs)
+
+
+def losses(name: str):
+    """Of the trainable arrays: through the adapters, and through the merged model."""
+    case, variables = CASES[name], moved(adapted(name))
+    trainable, frozen = jaxft.partition(variables, jaxft.trainable_mask(variables))
+
+    def loss(run, trainable):
+        return jnp.square(run(case.model, jaxft.combine(trainable, frozen), case.example())).sum()
+
+    return trainable, functools.partial(loss, linen.apply), functools.partial(loss, merged)
+
+
+@functools.cache
+def results(name: str):
+    """Everything that is computed of a case, in one program."""
+    case, x = CASES[name], CASES[name].example()
+    trainable, factored, dense = losses(name)
+
+    @jax.jit
+    def program(base, start, variables, trainable):
+        return {
+            "base": case.model.apply(base, x),
+            "start": linen.apply(case.model, start, x),
+            "trained": linen.apply(case.model, variables, x),
+            "merged": merged(case.model, variables, x),
+            "stripped": linen.strip(variables),
+            "gradients": jax.grad(factored)(trainable),
+            "dense gradients": jax.grad(dense)(trainable),
+        }
+
+    return program(plain(name), adapted(name), moved(adapted(name)), trainable)
+
+
+@cases
+def test_what_is_adapted_and_in_which_shape(name):
+    assert {path: w.base.a.shape for path, w in kernels(adapted(name)).items()} == CASES[name].adapted
+
+
+@cases
+def test_starts_as_the_model_and_strips_to_it(name):
+    chex.assert_trees_all_close(results(name)["start"], results(name)["base"], atol=1e-6)
+    chex.assert_trees_all_equal(results(name)["stripped"], plain(name))
+
+
+@cases
+def test_equals_the_merged_model(name):
+    found = results(name)
+    chex.assert_trees_all_close(found["trained"], found["merged"], atol=2e-5)
+    assert float(jnp.abs(found["trained"] - found["base"]).max()) > 1e-2
+
+
+@cases
+def test_gradients_are_those_of_the_merged_model(name):
+    chex.assert_trees_all_close(results(name)["gradients"], results(name)["dense gradients"], rtol=1e-4, atol=1e-4)
+
+
+@cases
+def test_nothing_dense_is_made(name):
+    trainable, factored, dense = losses(name)
+    program, other = (jax.make_jaxpr(jax.grad(loss))(trainable) for loss in (factored, dense))
+    for path, w in kernels(adapted(name)).items():
+        assert not jaxprs.matrix_products(program, w.base.shape[-2:]), path
+        assert jaxprs.matrix_products(other, w.base.shape[-2:]), path  # so the check can fail
+
+
+def test_layers_of_a_scan_are_not_copied():
+    """The stacks go into the scans of a step and none comes out."""
+    trainable, factored, _ = losses("transformer")
+    program = jax.make_jaxpr(jax.grad(factored))(trainable)
+    stacks = {w.base.base.base.shape for w in kernels(adapted("transformer")).values() if w.base.ndim > 2}
+    outputs = {v.aval.shape for eqn in jaxprs.equations(program) if eqn.primitive.name == "scan" for v in eqn.outvars}
+    assert len(stacks) == 4 and not stacks & outputs
+
+
+def test_buffers_are_shared():
+    base = plain("mlp")
+    variables = linen.adapt(CASES["mlp"].model, base, KEY, LoRA(rank=2), CASES["mlp"].example())
+    assert all(a is b for a, b in zip(jax.tree.leaves(linen.strip(variables)), jax.tree.leaves(base), strict=True))
+    assert variables["params"]["split"]["kernel"].base.base.base is base["params"]["split"]["kernel"]
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if issubclass(row.config, Targeted)])
+def test_every_method(method):
+    """On Dense with a bias, DenseGeneral and a shared module: equal to the merged model, or refused by name."""
+    case = CASES["mlp"]
+    config = METHODS[method].config(targets=("twice", "split"))
+    variables = moved(jax.jit(lambda v: linen.adapt(case.model, v, KEY, config, case.example()))(plain("mlp")))
+    got = jax.jit(linen.apply, static_argnums=0)(case.model, variables, case.example())
+    assert float(jnp.abs(got - results("mlp")["base"]).max()) > 1e-3
+    if all(w.base.mergeable for w in kernels(variables).values()):
+        plainly = jax.jit(merged, static_argnums=0)(case.model, variables, case.example())
+        chex.assert_trees_all_close(got, plainly, atol=2e-5)
+    else:
+        with pytest.raises(NotMergeable, match=r"twice/kernel|split/kernel"):
+            linen.merge(variables)
+
+
+def test_a_map_on_the_output_sees_the_bias():
+    case = CASES["mlp"]
+    variables = linen.adapt(
+        case.model, plain("mlp"), KEY, METHODS["houlsby"].config(targets=("twice", "split")), case.example()
+    )
+    assert {path: w.bias for path, w in kernels(variables).items()} == {
+        "twice/kernel": "twice/bias",
+        "split/kernel": None,
+    }
+    layer = nn.Dense(3)
+    own = layer.init(KEY, numbers(2, 4))
+    own = {"params": {**own["params"], "bias": jnp.arange(3.0)}}
+    changed = moved(linen.adapt(layer, own, KEY, METHODS["houlsby"].config(targets=("kernel",)), numbers(2, 4)))
+    w = changed["params"]["kernel"].base
+    y = layer.apply(own, numbers(2, 4))
+    chex.assert_trees_all_close(linen.apply(layer, changed, numbers(2, 4)), y + w._added(y), atol=1e-6)
+
+
+def test_a_training_step_moves_only_the_adapter():
+    case = CASES["transformer"]
+    trainable, frozen = jaxft.partition(adapted("transformer"), jaxft.trainable_mask(adapted("transformer")))
+    optimizer = optax.adam(1e-2)
+
+    def loss(trainable):
+        logits = linen.apply(case.model, jaxft.combine(trainable, frozen), ids())
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids()[:, 1:]).mean()
+
+    @jax.jit
+    def step(trainable, state):
+        value, gradients = jax.value_and_grad(loss)(trainable)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(trainable, updates), state, value
+
+    state, losses = optimizer.init(trainable), []
+    for _ in range(5):
+        trainable, state, value = step(trainable, state)
+        losses.append(float(value))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+    assert tree.count(trainable) == 3 * (4 * 2 * 16 + 2 * 2 * 20) + 2 * 19
+
+
+def test_lists_compose_and_layers_are_chosen():
+    case = CASES["transformer"]
+    first = LoRA(rank=2, targets=("query", "value"), layers=(0, 2))
+    methods = [first, LoRA(rank=1, targets=("query",)), METHODS["houlsby"].config(targets=("out",))]
+    variables = moved(linen.adapt(case.model, plain("transformer"), KEY, methods, ids()))
+    found = kernels(variables)
+    assert found["layers/attention/value/kernel"].base.adapted.tolist() == [True, False, True]
+    assert found["layers/attention/query/kernel"].base.base.a.shape == (3, 8, 2)
+    again = linen.adapt(case.model, variables, KEY, LoRA(rank=3, targets=("value",)), ids())
+    run = jax.jit(linen.apply, static_argnums=0)
+    chex.assert_trees_all_close(run(case.model, again, ids()), run(case.model, variables, ids()), atol=1e-5)
+
+
+def test_the_call_is_flax_own(key):
+    """Mutable collections, dropout keys, other methods and static arguments go where model.apply sends them."""
+    settings = {
+        "convolutions": (numbers(2, 6, 6, 4), {"train": True, "mutable": ["batch_stats"]}),
+        "transformer": (ids(), {"deterministic": False, "rngs": {"dropout": key}}),
+    }
+    for name, (x, kwargs) in settings.items():
+        model = CASES[name].model
+        got = jax.jit(lambda v, x=x, kwargs=kwargs, model=model: linen.apply(model, v, x, **kwargs))(adapted(name))
+        expected = jax.jit(lambda v, x=x, kwargs=kwargs, model=model: model.apply(v, x, **kwargs))(plain(name))
+        chex.assert_trees_all_close(got, expected, atol=1e-5)
+
+
+def test_adapter_dropout_follows_the_dropout_key(key):
+    case = CASES["mlp"]
+    variables = moved(linen.adapt(case.model, plain("mlp"), KEY, LoRA(rank=2, dropout=0.5), case.example()))
+    run = functools.partial(linen.apply, case.model, variables, case.example())
+    still, first, second = run(), run(rngs={"dropout": key}), run(rngs={"dropout": key})
+    chex.assert_trees_all_equal(first, second)
+    assert float(jnp.abs(first - still).max()) > 1e-2
+    chex.assert_trees_all_close(still, case.model.apply(linen.merge(variables), case.example()), atol=1e-5)
+
+
+def test_bfloat16_computation_keeps_float32_parameters():
+    model = Transformer(jnp.bfloat16)
+    variables = moved(linen.adapt(model, plain("transformer"), KEY, LoRA(rank=2, targets=("query", "up")), ids()))
+    run, fold = jax.jit(linen.apply, static_argnums=0), jax.jit(merged, static_argnums=0)
+    got, folded, exact = (
+        run(model, variables, ids()),
+        fold(model, variables, ids()),
+        fold(Transformer(), variables, ids()),
+    )
+    assert got.dtype == folded.dtype == jnp.bfloat16
+    assert float(jnp.abs(got - exact).max()) < 2 * float(jnp.abs(folded - exact).max())
+
+
+def test_an_example_may_be_shapes_only():
+    case = CASES["mlp"]
+    shape = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+    got = linen.adapt(case.model, plain("mlp"), KEY, LoRA(rank=2), shape)
+    chex.assert_trees_all_equal(got, adapted("mlp"))
+
+
+class Odd(nn.Module):
+    """Parameters that make no matrix: normalised, in groups, joined."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(4, name="normed"))(x)
+        x = nn.Conv(4, (2,), feature_group_count=2, name="grouped")(x)
+        w = self.param("w", nn.initializers.ones, (4, 4))
+        return nn.Dense(3, name="fine")(x @ jnp.concatenate([w, w]).T)
+
+
+def test_refusals():
+    model, x = Odd(), numbers(2, 5, 4)
+    variables = model.init(KEY, x)
+
+    def adapt(**settings):
+        return linen.adapt(model, variables, KEY, LoRA(rank=2, **settings), x)
+
+    assert set(kernels(adapt())) == {"fine/kernel"}
+    for target, user in {"normed": "mul", "grouped": "conv_general_dilated", "w": "concatenate"}.items():
+        with pytest.raises(ValueError, match=rf"peft.targets: .*fine.*{target}.* goes into '{user}'"):
+            adapt(targets=(target,))
+    with pytest.raises(ValueError, match=r"modules_to_save.*trainable_mask"):
+        adapt(modules_to_save=("fine",))
+    with pytest.raises(ValueError, match=r"layers.*stack of one layer"):
+        adapt(layers=(0,))
+    with pytest.raises(TypeError, match="wraps weights"):
+        linen.adapt(model, variables, KEY, jaxft.peft.Full(), x)
+    with pytest.raises(ValueError, match="embed is an embedding, which VeRA cannot adapt"):
+        linen.adapt(Transformer(), plain("transformer"), KEY, METHODS["vera"].config(targets=("embed",)), ids())
+    with pytest.raises(TypeError, match=r"patch/kernel.*convolution"):
+        linen.adapt(
+            Convolutions(), plain("convolutions"), KEY, LoRA(targets=("patch",), dropout=0.1), numbers(2, 6, 6, 4)
+        )
+
+
+def test_another_call_that_uses_an_adapted_parameter_otherwise_is_refused():
+    class Two(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(4)
+
+        def __call__(self, x):
+            return self.dense(x)
+
+        def norm(self, x):
+            return jnp.square(self.dense.variables["params"]["kernel"]).sum() + self.dense(x).sum()
+
+    model, x = Two(), numbers(2, 3)
+    variables = linen.adapt(model, model.init(KEY, x), KEY, LoRA(rank=2), x)
+    with pytest.raises(TypeError, match=r"dense/kernel is adapted.*'square'"):
+        linen.apply(model, variables, x, method="norm")
+
+
+def test_merging_numbers_that_are_not_finite_is_refused():
+    broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.nan) if a.shape == (6, 2) else a, adapted("mlp"))
+    with pytest.raises(ValueError, match="not finite"):
+        linen.merge(broken)
+
+
+def test_saved_and_loaded(tmp_path):
+    case, variables = CASES["transformer"], moved(adapted("transformer"))
+    linen.save(variables, tmp_path / "adapter")
+    fresh = linen.adapt(case.model, plain("transformer"), jax.random.key(7), LoRA(rank=2, targets=case.targets), ids())
+    chex.assert_trees_all_equal(linen.load(fresh, tmp_path / "adapter"), variables)
+    other = linen.adapt(case.model, plain("transformer"), KEY, LoRA(rank=3, targets=case.targets), ids())
+    with pytest.raises(AdapterError, match=r"embed/embedding/base/a: got shape \[11, 2\]; expected shape \[11, 3\]"):
+        linen.load(other, tmp_path / "adapter")
+    fewer = linen.adapt(case.model, plain("transformer"), KEY, LoRA(rank=2, targets=("query",)), ids())
+    with pytest.raises(AdapterError, match=r"also .*embed/embedding"):
+        linen.load(fewer, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="not empty"):
+        linen.save(variables, tmp_path / "adapter")
