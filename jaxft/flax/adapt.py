@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft import peft
 from jaxft.core import tree
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine
 from jaxft.flax import kernel as kernels
 from jaxft.flax import trace
 from jaxft.flax.held import Seen, held
-from jaxft.flax.kernel import Kernel, Layout
+from jaxft.flax.kernel import KeptBias, Kernel, Layout
 from jaxft.peft import targets
 from jaxft.peft.sites import Site, Targeted
 
@@ -111,6 +112,11 @@ def adapt(params: dict[str, Any], seen: Seen, key: jax.Array, methods: Any) -> d
 def _refuse(config: Any) -> None:
     if not isinstance(config, Targeted):
         raise TypeError(f"got {config!r}; expected a method that wraps weights: any other has no place in a Flax model")
+    if peft.method_of(config).hooks is not peft.Method.hooks:
+        raise TypeError(
+            f"got {type(config).__name__}, which changes its parameters in every training step; expected a method that "
+            "only trains them, as the loop around a Flax model is your own"
+        )
     for field, remedy in {
         "modules_to_save": "train them in place: jaxft.trainable_mask(params, select=<regex>)",
         "bias": "train them in place: jaxft.trainable_mask(params, select='bitfit')",
@@ -164,8 +170,8 @@ def _wrap(old: Kernel, place: Place, config: Targeted, key: jax.Array, shared: A
         return config.wrap(Site(base, place.name, modules, layers, key, follows, shared=shared))
 
     if config.outside and place.bias is not None and old.bias is None:
-        return dataclasses.replace(old, base=adapted(Affine(old.base, None)), bias=place.bias)
-    if isinstance(old.base, Affine) and not config.outside:
+        return dataclasses.replace(old, base=adapted(KeptBias(old.base, None)), bias=place.bias)
+    if isinstance(old.base, KeptBias) and not config.outside:
         return dataclasses.replace(old, base=dataclasses.replace(old.base, base=adapted(old.base.base)))
     return dataclasses.replace(old, base=adapted(old.base))
 
@@ -181,9 +187,10 @@ def merge(params: dict[str, Any]) -> dict[str, Any]:
         bias = None if w.bias is None else params[w.bias]
         stack = [w.sizes[a] for a in w.layout.stack]
         whole = kernels.with_bias(w.base, None if bias is None else bias.reshape(*stack, -1))
-        matrix = tree.merge({path: whole})[path]
-        if isinstance(matrix, Affine) and bias is not None:
-            found[w.bias], matrix = matrix.bias.reshape(bias.shape), matrix.base  # type: ignore[index]
+        folded = tree.merge({path: whole})[path]
+        matrix = folded.base if isinstance(folded, Affine) else folded
+        if isinstance(folded, Affine) and bias is not None:
+            found[w.bias] = folded.bias.reshape(bias.shape)  # type: ignore[index]
         found[path] = kernels.as_parameter(w, matrix)
     return found
 

@@ -11,12 +11,12 @@ leading ones away.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxft.core.weight import Affine, NotMergeable, Weight, parameter, static, weight
+from jaxft.core.weight import Affine, Weight, parameter, static, weight
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Matrix(Weight):
     base: Any = parameter()
     rows: tuple[int, ...] = static()
     columns: tuple[int, ...] = static()
+    adapter: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,80 +63,100 @@ class Matrix(Weight):
         order = (*stack, *_from_front(self.base.ndim, (*self.rows, *self.columns)))
         return jnp.transpose(self.base, order).reshape(self.shape)
 
-    def merged(self):
-        return self.dense()
-
     def axes(self, names):
         raise NotImplementedError("the axes of a Flax parameter are named by its own metadata")
+
+
+@weight
+class KeptBias(Affine):
+    """An Affine whose bias is a parameter of its own in the model: `with_bias` puts it here where it is used."""
+
+    adapter: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
 
 
 @weight
 class Kernel(Weight):
     """A weight ``base`` [*stack, in, out] in the place of a parameter whose shape is ``sizes``.
 
-    ``use``: product, lookup or window, how the model uses it. ``bias``: the path of the parameter that is added to
-    the product and belongs inside the map, for methods that map the output."""
+    ``stack``, ``rows``, ``columns``: its `Layout`. ``use``: product, lookup or window, how the model uses it. ``bias``,
+    for methods that map the output: the path of the parameter that is added to the product and belongs in the map."""
 
     base: Any = parameter()
     sizes: tuple[int, ...] = static()
-    layout: Layout = static()
+    stack: tuple[int, ...] = static()
+    rows: tuple[int, ...] = static()
+    columns: tuple[int, ...] = static()
     use: str = static(default="product")
     bias: str | None = static(default=None)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.stack, self.rows, self.columns)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.sizes
 
     def merged(self):
-        if isinstance(self.base, Affine):
-            raise NotMergeable("its bias is a parameter of its own: jaxft.flax's own merge folds both")
         return as_parameter(self, self.base)
 
 
 def make(array: Any, layout: Layout, use: str) -> Kernel:
-    """The parameter as it is, ready to be wrapped. Stacked axes that do not lead are moved to the front (a copy)."""
-    order = _stack_first(array.ndim, layout)
-    place = {own: at - array.ndim for at, own in enumerate(order)}
-    rows, columns = (tuple(place[a] for a in axes) for axes in (layout.rows, layout.columns))
-    return Kernel(Matrix(_transposed(array, order), rows, columns), tuple(array.shape), layout, use)
+    """The parameter as it is, ready to be wrapped."""
+    return settled(Kernel(array, tuple(array.shape), layout.stack, layout.rows, layout.columns, use))
+
+
+def root(kernel: Kernel) -> Any:
+    """What all wrappers of a kernel stand on."""
+    w = kernel.base
+    while isinstance(w, Weight) and not isinstance(w, Matrix):
+        w = w.base
+    return w
+
+
+def on(kernel: Kernel, new: Any) -> Kernel:
+    """The kernel with ``new`` for a root."""
+
+    def visit(w: Any) -> Any:
+        inner = isinstance(w, Weight) and not isinstance(w, Matrix)
+        return dataclasses.replace(w, base=visit(w.base)) if inner else new  # type: ignore[type-var]
+
+    return visit(kernel)
 
 
 def original(kernel: Kernel) -> jax.Array:
-    """The array that `make` was given."""
-    w = kernel.base
-    while not isinstance(w, Matrix):
-        w = w.base
-    return _transposed(w.base, _inverse(_stack_first(w.base.ndim, kernel.layout)))
+    """The parameter that is adapted, as it was."""
+    base = root(kernel).base
+    return _transposed(base, _inverse(_stack_first(base.ndim, kernel.stack)))
 
 
-def rebased(kernel: Kernel, array: Any) -> Kernel:
-    """The kernel on another array in the place of the one that `make` was given; on nothing, for None."""
+def settled(kernel: Kernel) -> Kernel:
+    """The kernel on a parameter as the model has it, which is made its matrix.
 
-    def on(w: Any) -> Any:
-        if not isinstance(w, Matrix):
-            return dataclasses.replace(w, base=on(w.base))
-        base = None if array is None else _transposed(array, _stack_first(array.ndim, kernel.layout))
-        return dataclasses.replace(w, base=base)
-
-    return on(kernel)
+    Stacked axes that do not lead are moved to the front, in a copy."""
+    array = root(kernel)
+    order = _stack_first(array.ndim, kernel.stack)
+    place = {own: at - array.ndim for at, own in enumerate(order)}
+    rows, columns = (tuple(place[a] for a in axes) for axes in (kernel.rows, kernel.columns))
+    return on(kernel, Matrix(_transposed(array, order), rows, columns))
 
 
 def as_parameter(kernel: Kernel, matrix: jax.Array) -> jax.Array:
     """A matrix [*stack, in, out] in the shape of the parameter that ``kernel`` stands for."""
-    layout = kernel.layout
-    order = (*layout.stack, *layout.rows, *layout.columns)
+    order = (*kernel.stack, *kernel.rows, *kernel.columns)
     return _transposed(matrix.reshape([kernel.sizes[a] for a in order]), _inverse(order))
 
 
 def with_bias(w: Any, bias: jax.Array | None) -> Any:
-    """The weight with ``bias`` [*stack, out] (or none) in its Affine, which is empty while the model keeps the bias."""
-    if isinstance(w, Affine):
+    """The weight with ``bias`` [*stack, out] (or none) in the place that is kept for it."""
+    if isinstance(w, KeptBias):
         return w.base if bias is None else Affine(w.base, bias)
-    return dataclasses.replace(w, base=with_bias(w.base, bias)) if isinstance(w, Weight) and w.adapter else w
+    return w if isinstance(w, Matrix) else dataclasses.replace(w, base=with_bias(w.base, bias))
 
 
-def _stack_first(ndim: int, layout: Layout) -> tuple[int, ...]:
-    return (*layout.stack, *(a for a in range(-ndim, 0) if a not in layout.stack))
+def _stack_first(ndim: int, stack: tuple[int, ...]) -> tuple[int, ...]:
+    return (*stack, *(a for a in range(-ndim, 0) if a not in stack))
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:

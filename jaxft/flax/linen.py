@@ -82,7 +82,7 @@ def save(variables: Variables, directory: str | os.PathLike[str], *, overwrite: 
 
 
 def load(variables: Variables, directory: str | os.PathLike[str]) -> Variables:
-    """Variables adapted as they were when saved (by `adapt`, with any key), with the adapters that were saved."""
+    """The model's plain variables with saved adapters on them; see `storage.load` for what is refused."""
     return _replaced(variables, storage.load(_leaves(variables), directory))
 
 
@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
             made = initial.random(self.config, self.names, self.make_rng("params"), self.dtype)
             params = {name: self.param(name, lambda _, part=part: part) for name, part in made.items()}
         else:
-            params = core.unfreeze(self.variables["params"])
+            params = core.unfreeze({**self.variables})["params"]
         hidden, _, _ = decoder.forward(self.config, params, tokens, positions, segments, execution=self.execution)
         return heads.logits(self.config, heads.head_of(self.config, params), hidden)
 

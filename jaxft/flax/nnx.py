@@ -22,7 +22,7 @@ from flax import nnx
 from jaxft.core import tree
 from jaxft.flax import adapt as adapting
 from jaxft.flax import storage
-from jaxft.flax.kernel import Kernel, rebased
+from jaxft.flax.kernel import Kernel, on, settled
 from jaxft.model import Model
 from jaxft.models import decoder, heads
 from jaxft.models.config import ModelConfig
@@ -63,7 +63,7 @@ class Adapted(nnx.Module):
 
     def __init__(self, model: nnx.Module, kernels: dict[str, Kernel], key: jax.Array):
         self.model = model
-        hollow = {path: rebased(kernel, None) for path, kernel in kernels.items()}
+        hollow = {path: on(kernel, None) for path, kernel in kernels.items()}
         self.adapters = nnx.Dict({path: Arrays(w, tree.trainable_mask({"": w})) for path, w in hollow.items()})
         self.rngs = nnx.Rngs(dropout=key)
         self.deterministic = False
@@ -123,12 +123,13 @@ def save(model: Adapted, directory: str | os.PathLike[str], *, overwrite: bool =
     return storage.save(_params(model), directory, overwrite)
 
 
-def load(model: Adapted, directory: str | os.PathLike[str]) -> None:
-    """Puts saved adapters into a model that is adapted as it was when saved (by `adapt`, with any key)."""
-    for path, w in storage.load(_params(model), directory).items():
-        if path in model.adapters:
-            for name, array in tree.paths(rebased(w, None)):
-                model.adapters[path].arrays[name].set_value(array)
+def load(model: nnx.Module, directory: str | os.PathLike[str], key: jax.Array | None = None) -> Adapted:
+    """The plain model with saved adapters in effect; see `storage.load` for what is refused.
+
+    ``key``: for their dropout, if they are to be trained on."""
+    found = storage.load(_own_params(model), directory).items()
+    kernels = {path: w for path, w in found if isinstance(w, Kernel)}
+    return Adapted(model, kernels, jax.random.key(0) if key is None else key)
 
 
 class LanguageModel(nnx.Module):
@@ -191,7 +192,7 @@ def _params(model: Adapted, key: jax.Array | None = None) -> dict[str, Any]:
     """The model's parameters by path, adapted; dropout is on with a ``key``."""
     own = _own_params(model.model)
     return own | tree.dropout_keys(
-        {path: rebased(arrays.tree(), own[path]) for path, arrays in model.adapters.items()}, key
+        {path: settled(on(arrays.tree(), own[path])) for path, arrays in model.adapters.items()}, key
     )
 
 

@@ -1,66 +1,50 @@
-"""Adapters of a Flax model on disk: a directory with every array of them under its path, in one safetensors file."""
+"""Adapters of a Flax model on disk: a directory in jaxft's own format, each array under the path of its parameter."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from jaxft.core import tree
-from jaxft.flax.kernel import Kernel, original, rebased
-from jaxft.peft import disk
+from jaxft.flax import kernel as kernels
+from jaxft.flax.kernel import Kernel
+from jaxft.peft import disk, native
 
-FORMAT = "jaxft.flax"
+README = "An adapter of a Flax model: jaxft.flax's `load` puts it on that model again. How it was made is not needed.\n"
 
 
 def save(params: dict[str, Any], directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Writes the adapters among ``params`` (by path), without what they adapt; the directory appears whole or not.
 
-    Raises AdapterError where something is there already (unless ``overwrite``), ValueError without an adapter."""
-    target, tensors = Path(directory), {}
+    Raises AdapterError where there is something already (unless ``overwrite``), and without an adapter."""
+    target = Path(directory).expanduser().absolute()
     disk.refuse_occupied(target, overwrite)
-    for path, kernel in _adapted(params).items():
-        tensors |= {f"/{path}/{name}": disk.host(array) for name, array in tree.paths(rebased(kernel, None))}
-    about = "An adapter of a Flax model: jaxft.flax's load puts it into the same model, adapted in the same way.\n"
-    disk.write(target, {"format": FORMAT, "parameters": sorted(_adapted(params))}, tensors, about)
+    bare = {p: kernels.on(w, kernels.original(w)) if isinstance(w, Kernel) else w for p, w in params.items()}
+    config, tensors = native.export(target, tree.dropout_keys(_nested(bare), None), set(), ())
+    disk.write(target, config, tensors, README)
     return target
 
 
 def load(params: dict[str, Any], directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """``params`` (by path), adapted as they were when saved, with the arrays that were saved.
+    """Plain ``params`` (by path) with saved adapters on them, their buffers shared.
 
-    Raises AdapterError naming an array that is missing, left over or of another shape."""
-    source = Path(directory)
-    config, tensors = disk.read(source)
-    if config.get("format") != FORMAT:
-        raise disk.AdapterError(
-            source, f"format {config.get('format')!r}", f"{FORMAT!r}", "Load it with jaxft.load_adapter."
-        )
-    found = dict(params)
-    for path, kernel in _adapted(params).items():
-        hollow = rebased(kernel, None)
-        arrays = [_take(source, tensors, f"/{path}/{name}", array) for name, array in tree.paths(hollow)]
-        found[path] = rebased(jax.tree.unflatten(jax.tree.structure(hollow), arrays), original(kernel))
+    Raises AdapterError naming what is missing, left over or of another shape."""
+    where = Path(directory).expanduser().absolute()
+    config, tensors = disk.read(where)
+    if config.get("peft_type") != native.PEFT_TYPE:
+        raise disk.AdapterError(where, f"peft_type {config.get('peft_type')!r}", native.PEFT_TYPE)
+    found = dict(tree.paths(native.restore(where, config, tensors, _nested(params)), inside=False))
     if tensors:
-        left = disk.some(sorted(name.lstrip("/") for name in tensors))
-        raise disk.AdapterError(
-            source, f"also {left}", "the arrays of this model's adapters", "Adapt it as it was when saved."
-        )
-    return found
+        raise disk.AdapterError(where, f"unused tensors {disk.some(sorted(tensors))}", "only those of this adapter")
+    return {path: kernels.settled(w) if isinstance(w, Kernel) else w for path, w in found.items()}
 
 
-def _adapted(params: dict[str, Any]) -> dict[str, Kernel]:
-    found = {path: w for path, w in params.items() if isinstance(w, Kernel)}
-    if not found:
-        raise ValueError("the model holds no adapter; expected one that jaxft.flax's adapt has adapted")
-    return found
-
-
-def _take(source: Path, tensors: disk.Tensors, name: str, like: jax.Array) -> jax.Array:
-    array = tensors.pop(name, None)
-    if array is None or array.shape != like.shape:
-        got = "nothing" if array is None else f"shape {list(array.shape)}"
-        expected = f"shape {list(like.shape)}"
-        raise disk.AdapterError(f"{source}: {name[1:]}", got, expected, "Adapt the model as it was when saved.")
-    return jnp.asarray(array, like.dtype)
+def _nested(params: dict[str, Any]) -> tree.Params:
+    """Parameters by path as dicts of dicts."""
+    result: tree.Params = {}
+    for path, w in params.items():
+        *folders, last = path.split("/")
+        here = result
+        for folder in folders:
+            here = here.setdefault(folder, {})
+        here[last] = w
+    return result

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxft.peft import METHODS, Method, Targeted
+
 
 class Mlp(nn.Module):
     """Dense with and without bias, DenseGeneral over several axes, and one module used twice."""
@@ -138,6 +140,11 @@ def numbers(*shape: int) -> jax.Array:
 
 def ids() -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 5)))
+
+
+def methods_that_wrap() -> list[str]:
+    """Rows of `METHODS` for any Flax model: those that wrap weights and need no hook in the training loop."""
+    return [n for n, row in METHODS.items() if issubclass(row.config, Targeted) and row.hooks is Method.hooks]
 
 
 LAYERS = {f"layers/attention/{name}/kernel": (3, 8, 2) for name in ("query", "key", "value", "out")}

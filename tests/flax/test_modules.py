@@ -62,11 +62,13 @@ def test_linen_as_a_part_of_a_larger_module():
     of, (tokens, _) = model("llama"), batch()
 
     class Scored(nn.Module):
+        model: nn.Module
+
         @nn.compact
         def __call__(self, tokens):
-            return nn.Dense(1, name="score")(linen_bridge.from_model(of)[0].clone(name="model")(tokens))
+            return nn.Dense(1)(self.model(tokens))
 
-    whole = Scored()
+    whole = Scored(linen_bridge.from_model(of)[0])
     variables = jax.jit(whole.init)(jax.random.key(0), tokens)
     variables = {"params": {**variables["params"], "model": adapted(of)}}
     assert jax.jit(whole.apply)(variables, tokens).shape == (2, 7, 1)
