@@ -25,7 +25,7 @@ def shapes(raw, method):
     config, names = families.read(raw)
 
     def make(key):
-        return peft.adapt(steps.Base(init.random(config, names, key, jnp.bfloat16), names), key, method)
+        return peft.adapt(steps.Base(init.random(config, names, key, jnp.bfloat16), names, config), key, method)
 
     return jax.eval_shape(make, jax.random.key(0))
 
