@@ -14,6 +14,10 @@ from jaxft.core import tree
 
 SIZED_BY: dict[str, str] = {
     "lora": "rank",
+    "adalora": "init_rank",
+    "houlsby": "reduction_factor",
+    "pfeiffer": "reduction_factor",
+    "parallel": "reduction_factor",
 }
 """The setting that scales each method; one that is not here has the size it has."""
 
