@@ -92,9 +92,12 @@ def replace(params: Params, path: str, value: Any) -> Params:
 
 def wrap(params: Params, path: str, fn: Callable[[Any], Any]) -> Params:
     """Replaces the weight at ``path`` by ``fn(weight)``; a map on the matrix goes inside an Affine or an Untied."""
-    old = get(params, path)
-    inner = isinstance(old, weights.Affine | weights.Untied)
-    return replace(params, path, dataclasses.replace(old, base=fn(old.base)) if inner else fn(old))
+
+    def inside(w: Any) -> Any:
+        inner = isinstance(w, weights.Affine | weights.Untied)
+        return dataclasses.replace(w, base=inside(w.base)) if inner else fn(w)
+
+    return replace(params, path, inside(get(params, path)))
 
 
 def _rebuild(w: Weight, fn: Callable[[dataclasses.Field, Any], Any]) -> Any:
@@ -295,7 +298,7 @@ def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Par
     ``donate`` frees each stack once it is split, so that never more than one of them exists twice."""
 
     def split(a: Any) -> Any:
-        if isinstance(a, Shared) or a.ndim < 3:
+        if _is_stack(a) or a.ndim < 3:
             return a
         parts = Split(tuple(a[i] for i in range(a.shape[0])))
         if donate:
@@ -303,12 +306,12 @@ def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Par
             a.delete()
         return parts
 
-    return {**tree, key: jax.tree.map(split, tree[key], is_leaf=lambda a: isinstance(a, Shared))}
+    return {**tree, key: jax.tree.map(split, tree[key], is_leaf=_is_stack)}
 
 
 def stack_layers(tree: Params) -> Params:
-    """The inverse of `split_layers`: every `Split` as one stacked array."""
-    return jax.tree.map(lambda w: jnp.stack(w.parts) if is_split(w) else w, tree, is_leaf=is_split)
+    """The inverse of `split_layers`: every `Split` that is whole as one stacked array."""
+    return jax.tree.map(lambda w: jnp.stack(w.parts) if is_split(w) and w.whole else w, tree, is_leaf=is_split)
 
 
 def num_layers(params: Params) -> int:

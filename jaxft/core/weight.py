@@ -174,7 +174,8 @@ class Affine(Weight):
 class InPlace(Weight):
     """A whole weight trained in place of ``base`` (peft's ``modules_to_save``); the original stays for `strip`.
 
-    ``value`` is ``base`` without compression: an array, or an Affine of arrays (its bias trains too), in float32.
+    ``value`` is ``base`` without compression: an array, or an Affine of arrays (its bias trains too), in float32. Where
+    only some layers of a stack train, it holds theirs alone, each array a `Split` with None for the others.
     ``tied``: whether a head tied to this embedding follows the trained value (True) or keeps reading the original
     (False, peft's default); None where no head is tied to it.
     """
@@ -183,11 +184,20 @@ class InPlace(Weight):
     value: Any = trainable()
     tied: bool | None = static(default=None)
 
+    def _now(self, dtype: Any) -> Any:
+        """What stands in place of ``base``: the trained value in that dtype; the base itself in a layer without one."""
+        held = jax.tree.leaves(self.value)
+        return jax.tree.map(lambda v: v.astype(dtype), self.value) if held else self.base
+
     def __rmatmul__(self, x):
-        return x @ jax.tree.map(lambda v: v.astype(x.dtype), self.value)
+        return x @ self._now(x.dtype)
 
     def off(self):
-        return dataclasses.replace(self, value=jax.tree.map(lambda v: v.astype(jnp.float32), plain(self.base)))
+        def was(v: Any, w: jax.Array) -> Any:
+            w = w.astype(jnp.float32)
+            return Split(tuple(None if p is None else w[i] for i, p in enumerate(v.parts))) if _is_split(v) else w
+
+        return dataclasses.replace(self, value=jax.tree.map(was, self.value, plain(self.base), is_leaf=_is_split))
 
     def take(self, ids):
         return self.value[ids].astype(self.dtype)
@@ -196,19 +206,27 @@ class InPlace(Weight):
         return x @ self.value.astype(x.dtype).T if self.tied else _unembed(self.base, x)
 
     def ragged_dot(self, x, group_sizes):
-        return _ragged_dot(jax.tree.map(lambda v: v.astype(x.dtype), self.value), x, group_sizes)
+        return _ragged_dot(self._now(x.dtype), x, group_sizes)
 
     def astype(self, dtype: Any) -> jax.Array:
         """The trained values: what a norm asks of its vectors."""
-        return self.value.astype(dtype)
+        return self._now(dtype).astype(dtype)
 
     def dense(self):
-        value = self.value.dense() if isinstance(self.value, Weight) else self.value
-        return value.astype(self.dtype)
+        return _dense(self._whole())
 
     def merged(self):
-        value = jax.tree.map(lambda v: v.astype(self.dtype), self.value)
-        return Untied(value, self.base) if self.tied is False else value
+        return Untied(self._whole(), self.base) if self.tied is False else self._whole()
+
+    def _whole(self) -> Any:
+        """The value of every layer in the dtype of the base, the base's own where none is trained."""
+        if not any(map(_is_split, jax.tree.leaves(self.value, is_leaf=_is_split))):
+            return plain(self._now(self.dtype))
+
+        def layers(v: Split, w: jax.Array) -> jax.Array:
+            return jnp.stack([w[i] if p is None else p.astype(w.dtype) for i, p in enumerate(v.parts)])
+
+        return jax.tree.map(layers, self.value, plain(self.base), is_leaf=_is_split)
 
     def axes(self, names):
         return {"base": names, "value": names}
@@ -334,9 +352,15 @@ def _ragged_dot(w: Any, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return w.ragged_dot(x, group_sizes) if isinstance(w, Weight) else jax.lax.ragged_dot(x, w, group_sizes)
 
 
+def _is_split(w: Any) -> bool:
+    return isinstance(w, Split)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class Split:
-    """A stack ``[L, ...]`` held as L separate arrays, so that unrolled layers read theirs without a slice copy."""
+    """A stack ``[L, ...]`` held as L separate arrays, so that unrolled layers read theirs without a slice copy.
+
+    A layer that has no array is None: it has no value of its own, gets no gradient and takes no memory."""
 
     def __init__(self, parts: tuple):
         self.parts = tuple(parts)
@@ -346,15 +370,24 @@ class Split:
 
     @property
     def ndim(self) -> int:
-        return 1 + self.parts[0].ndim
+        return 1 + self._first.ndim
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.parts), *self.parts[0].shape)
+        return (len(self.parts), *self._first.shape)
 
     @property
     def dtype(self) -> Any:
-        return self.parts[0].dtype
+        return self._first.dtype
+
+    @property
+    def whole(self) -> bool:
+        """Whether every layer has an array."""
+        return not any(part is None for part in self.parts)
+
+    @property
+    def _first(self) -> Any:
+        return next(part for part in self.parts if part is not None)
 
     def tree_flatten_with_keys(self):
         return [(jax.tree_util.SequenceKey(i), p) for i, p in enumerate(self.parts)], None
@@ -364,7 +397,7 @@ class Split:
         return cls(parts)
 
     def __repr__(self) -> str:
-        return f"Split({len(self.parts)} x {jnp.dtype(self.dtype).name}{list(self.parts[0].shape)})"
+        return f"Split({len(self.parts)} x {jnp.dtype(self.dtype).name}{list(self._first.shape)})"
 
 
 @jax.tree_util.register_pytree_with_keys_class

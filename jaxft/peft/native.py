@@ -109,7 +109,7 @@ class _Writer:
         """The description of one value; ``own``: whether it belongs to an adapter rather than to the model."""
         if isinstance(value, Weight):
             return self._weight(path, value, own)
-        if isinstance(value, Split) and None not in value.parts:
+        if isinstance(value, Split) and value.whole:
             return self._leaf(path, value, own)
         if isinstance(value, Split):
             return {"class": "Split", "parts": self._each(path, value.parts, own)}

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.core import tree
-from jaxft.core.weight import STATIC, Weight, role
+from jaxft.core.weight import STATIC, Split, Weight, role
 
 Axes = tuple[str | None, ...]
 
@@ -70,6 +70,8 @@ def shardings(params: tree.Params, mesh: Mesh, rules: Mapping[str, str | None] =
 
 
 def _of(w: Any, axes: Axes, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:
+    if isinstance(w, Split):
+        return Split(tuple(None if part is None else _of(part, axes[1:], mesh, rules) for part in w.parts))
     if not isinstance(w, Weight):
         if isinstance(w, dict):
             return {name: NamedSharding(mesh, PartitionSpec()) for name in w}
@@ -80,6 +82,6 @@ def _of(w: Any, axes: Axes, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:
         value = getattr(w, f.name)
         if role(f) != STATIC and value is not None:
             changed[f.name] = jax.tree.map(
-                lambda v, a=fields[f.name]: _of(v, a, mesh, rules), value, is_leaf=tree.is_weight
+                lambda v, a=fields[f.name]: _of(v, a, mesh, rules), value, is_leaf=tree.is_leaf
             )
     return dataclasses.replace(w, **changed)  # type: ignore[type-var]
