@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxft.checkpoint import hf, host, tensorfile, tokenizer
+from jaxft.checkpoint import biases, hf, host, tensorfile, tokenizer
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.checkpoint.hf import Loaded
 from jaxft.core import tree, verbs
@@ -71,6 +71,7 @@ def save(
     unless ``own_tokenizer`` is given. Raises CheckpointError; on several hosts every process must call it."""
     target = Path(directory).expanduser().absolute()
     _refuse_occupied(target, overwrite)
+    model = biases.switched_on(model)
     pieces = _pieces(model)
     kind = pieces[0].weight.dtype if dtype is None else hf.dtype_named(dtype)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from jaxft.model import Model
 from jaxft.models import flops, slots
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
+from jaxft.peft import native
 from jaxft.rollout import score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
@@ -42,6 +43,8 @@ class Split:
     """Default learning rate of each trainable array: that of the method it belongs to."""
     shardings: tree.Params | None
     """Of the trainable arrays, on a mesh."""
+    changed: set[str]
+    """Paths of the model's own arrays that a method has put others in the place of."""
 
 
 def devices(config: RunConfig) -> Mesh | None:
@@ -91,11 +94,12 @@ def split(config: RunConfig, base: Model, mesh: Mesh | None, statistics: dict[st
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     params, mask, rates = peft.adapt_for_training(base, key, [choice.value for choice in config.peft], statistics)
     trainable, frozen = tree.partition(params, mask)
+    changed = native.changed(params, base.params)
     if mesh is None:
-        return Split(trainable, frozen, rates, None)
+        return Split(trainable, frozen, rates, None, changed)
     places = rules.shardings(params, mesh)
     ours, theirs = tree.partition(places, mask)
-    return Split(jax.device_put(trainable, ours), jax.device_put(frozen, theirs), rates, ours)
+    return Split(jax.device_put(trainable, ours), jax.device_put(frozen, theirs), rates, ours, changed)
 
 
 def execution(config: RunConfig, mesh: Mesh | None) -> Execution:

@@ -72,6 +72,7 @@ def run(config: RunConfig) -> int:
     dtype = base.params["embed"]["tokens"].dtype
     asked = answers.chosen(config, prepared.held_out, prepared.format, base)
     base, frozen = _handed_over(base, parts, how.unroll)
+    changed = parts.changed
     del parts  # the state holds its own copy of what is trained
 
     objective, settings = OBJECTIVES[config.objective.name], config.objective.value
@@ -108,7 +109,7 @@ def run(config: RunConfig) -> int:
         console.print(f"Interrupted and saved. Go on: jaxft train {folder / run_dir.CONFIG} --resume")
         return result.exit_code
     trained = optimizer.averaged(result.state.opt_state, result.state.trainable)
-    written = _write(config, base, tree.combine(trained, frozen), str(dtype), folder)
+    written = _write(config, base, tree.combine(trained, frozen), changed, str(dtype), folder)
     summary.show(console, config, result, folder, written)
     return 0
 
@@ -126,11 +127,12 @@ def _of(frozen: tree.Params) -> tree.Params:
 
 def _handed_over(base: Model, parts: Split, unroll: bool) -> tuple[Model, tree.Params]:
     """The frozen arrays as the step wants them, and the model without any of its own: they exist once."""
-    frozen = tree.split_layers(parts.frozen, donate=True) if unroll else parts.frozen
+    some = any(map(tree.is_split, jax.tree.leaves(parts.trainable, is_leaf=tree.is_split)))  # only some layers train
+    frozen = tree.split_layers(parts.frozen, donate=True) if unroll or some else parts.frozen
     return dataclasses.replace(base, params=None), frozen
 
 
-def _write(config: RunConfig, base: Model, params: tree.Params, dtype: str, folder: Path) -> Path:
+def _write(config: RunConfig, base: Model, params: tree.Params, changed: set[str], dtype: str, folder: Path) -> Path:
     """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced."""
     if tree.adapters(params):
         out = folder / target.ADAPTER
@@ -140,6 +142,7 @@ def _write(config: RunConfig, base: Model, params: tree.Params, dtype: str, fold
             base.config.num_layers,
             out,
             methods=[choice.value for choice in config.peft],
+            changed=changed,
             base_model_name_or_path=base.source if config.model.init == "pretrained" else None,
             overwrite=out.exists(),
         )

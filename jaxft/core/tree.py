@@ -152,7 +152,8 @@ def merge(params: Params) -> Params:
         w = _rebuild(w, lambda f, v: fold(f"{path}/{f.name}", v))
         if isinstance(w, Head) and not isinstance(w.base, Weight):
             return jnp.swapaxes(w.base, -1, -2)
-        if isinstance(w, weights.Affine) and isinstance(w.base, weights.Affine):  # an adapter inside had a constant
+        if not w.adapter and isinstance(w, weights.Affine) and isinstance(w.base, weights.Affine):
+            # an adapter inside had a constant
             return weights.Affine(w.base.base, w.bias + w.base.bias)
         try:
             return _finite(path, w.merged()) if w.adapter else w

@@ -16,6 +16,7 @@ from jaxft.core.hooks import Hooks
 from jaxft.peft import (
     adalora,
     adalora_hf,
+    bitfit,
     boft,
     bottleneck,
     calibration,
@@ -23,10 +24,12 @@ from jaxft.peft import (
     full,
     hra,
     ia3,
+    last_layers,
     lora,
     lora_fa,
     lora_hf,
     multitask_prompt_tuning,
+    norms,
     oft,
     p_tuning,
     p_tuning_v2,
@@ -39,19 +42,22 @@ from jaxft.peft import (
 )
 from jaxft.peft.adalora import AdaLoRA
 from jaxft.peft.arithmetic import combine, scale
+from jaxft.peft.bitfit import BitFit
 from jaxft.peft.boft import BOFT
 from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
 from jaxft.peft.calibration import Calibration
 from jaxft.peft.dora import DoRA
-from jaxft.peft.formats import Format
+from jaxft.peft.formats import Alone, Format
 from jaxft.peft.full import Full
 from jaxft.peft.hra import HRA
 from jaxft.peft.ia3 import IA3
+from jaxft.peft.last_layers import LastLayers
 from jaxft.peft.lora import LoRA, LoRAWeight
 from jaxft.peft.lora_data import EVA, CorDA
 from jaxft.peft.lora_fa import LoRAFA
 from jaxft.peft.lora_init import LoftQ
 from jaxft.peft.multitask_prompt_tuning import MultitaskPromptTuning
+from jaxft.peft.norms import Norms
 from jaxft.peft.oft import OFT
 from jaxft.peft.p_tuning import PTuning
 from jaxft.peft.p_tuning_v2 import PTuningV2
@@ -81,7 +87,7 @@ class Method:
     """(config, params, steps of the run) -> what it does in each training step besides the forward pass."""
     calibrate: Callable[[Any], Calibration | None] = lambda config: None
     """What its initialisation asks of the layers' inputs, if it begins from data: see `calibrate`."""
-    hf: Format | SlotFormat | None = None
+    hf: Format | SlotFormat | Alone | None = None
     """How it is stored in Hugging Face's format; None for a method that has no adapter of its own there."""
 
 
@@ -99,6 +105,9 @@ METHODS: dict[str, Method] = {
     "boft": Method(boft.BOFT, lr=1e-3, hf=boft.FORMAT),
     "hra": Method(hra.HRA, lr=1e-3, hf=hra.FORMAT),
     "road": Method(road.RoAd, lr=3e-3, hf=road.FORMAT),
+    "bitfit": Method(bitfit.BitFit, lr=1e-3, adapt=bitfit.adapt, hf=bitfit.FORMAT),
+    "norms": Method(norms.Norms, lr=1e-3, adapt=norms.adapt, hf=norms.FORMAT),
+    "last_layers": Method(last_layers.LastLayers, lr=2e-5, adapt=last_layers.adapt),
     "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, hf=ia3.FORMAT),
     "prompt_tuning": Method(prompt_tuning.PromptTuning, lr=1e-2, hf=prompt_tuning.FORMAT),
     "multitask_prompt_tuning": Method(
@@ -198,17 +207,21 @@ __all__ = [
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "Alone",
+    "BitFit",
     "CorDA",
     "DoRA",
     "Format",
     "Full",
     "Houlsby",
+    "LastLayers",
     "LoRA",
     "LoRAFA",
     "LoRAWeight",
     "LoftQ",
     "Method",
     "MultitaskPromptTuning",
+    "Norms",
     "PTuning",
     "PTuningV2",
     "Parallel",

@@ -67,6 +67,25 @@ class Format:
     (in, out) of each adapted row."""
     biases: bool = True
     """Whether peft can train biases beside it."""
+    rebuilds: Callable[[Any], bool] = lambda w: False
+    """Whether ``config.wrap`` makes this leaf's base, which is not the model's own, anew from the model's."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """How peft stores a method that trains arrays of the model itself, where no other method adapts a weight."""
+
+    peft_type: str
+    """Its name in adapter_config.json."""
+    fields: tuple[str, ...]
+    """Config fields that are read, or that change nothing a trained adapter computes; any other set one is refused."""
+    export: Callable[[tree.Params, Names, int], tuple[Fields, Tensors, list[Weight]]]
+    """Config fields, tensors, and the weights that they are of; nothing where there are none."""
+    restore: Callable[[object, Fields, Tensors, tree.Params, Names], tree.Params]
+    """Puts the method on the parameters; takes what it reads out of the tensors."""
+    refuse: Callable[[object, Fields], None] = lambda where, config: None
+    claims: Callable[[Fields], bool] = lambda config: True
+    biases: bool = False
 
 
 def export(
@@ -119,7 +138,7 @@ def restore(
         params = sites.wrap(params, settings, name, held if name.stacked else held[0], key, shared=shared)
         made = places.get(params, name)
         params = places.put(params, name, filled(form, where, tensors, name, num_layers, made))
-    _refuse_other_targets(where, config, names, num_layers, used)
+    refuse_other_targets(where, config, names, num_layers, used)
     return params
 
 
@@ -179,8 +198,16 @@ def padded(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     return np.pad(array, [(0, wide - own) for own, wide in zip(array.shape, like.shape, strict=True)])
 
 
-def _refuse_other_targets(where: object, config: Fields, names: Names, num_layers: int, used: set[str]) -> None:
-    """peft adapts what the config selects: modules with tensors that it does not, or without any that it does."""
+def refuse_other_targets(
+    where: object,
+    config: Fields,
+    names: Names,
+    num_layers: int,
+    used: set[str],
+    kinds: tuple[str, ...] = targets.ADAPTABLE,
+) -> None:
+    """Raises AdapterError where the modules with tensors, ``used``, are not those (of these kinds) that the config
+    selects, which are the ones peft adapts."""
     wanted = config.get("target_modules")
     if not wanted:
         raise AdapterError(f"{where}: target_modules", repr(wanted), "the modules that were adapted")
@@ -197,6 +224,7 @@ def _refuse_other_targets(where: object, config: Fields, names: Names, num_layer
             exclude=exclude if isinstance(exclude, str) else tuple(exclude),
             layers=layers,
             saved=config.get("modules_to_save") or (),
+            kinds=kinds,
         )
         if target is not None:
             selected.update(targets.adapted(name, num_layers, target.layers))

@@ -5,17 +5,21 @@ the fields of every config, modules and biases trained whole, and the refusal of
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import InPlace, Slot, Weight
 from jaxft.peft import METHODS, disk, formats, places, slot_formats, targets, whole_hf
 from jaxft.peft.disk import AdapterError, Tensors
-from jaxft.peft.formats import Fields, Format
+from jaxft.peft.formats import Alone, Fields, Format
 from jaxft.peft.slot_formats import SlotFormat
 
+Stored = Format | SlotFormat | Alone
 # fields of any method's config that are read here, or say nothing about the maths
 COMMON = (
     "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "inference_mode", "modules_to_save",
@@ -37,22 +41,25 @@ or with jaxft: `jaxft.load_adapter(jaxft.load(base), "this directory")`.
 """
 
 
-def export(where: object, params: tree.Params, names: Names, num_layers: int) -> tuple[Fields, Tensors, str]:
+def export(
+    where: object, params: tree.Params, names: Names, num_layers: int, changed: Collection[str] = ()
+) -> tuple[Fields, Tensors, str]:
     """Config fields, tensors and README of all that ``params`` hold besides the base.
 
-    Raises AdapterError naming the first thing that peft's format has no word for."""
+    ``changed``: paths of the model's own arrays that are no longer what they were. Raises AdapterError naming the first
+    thing that peft's format has no word for."""
     names = places.rows(names)
     found = {name.path: w for name in names if (w := _adapter(params, name)) is not None}
     found |= {place: w for place, w in params.items() if isinstance(w, Slot)}
-    method, form = _format_of(where, found)
-    if isinstance(form, SlotFormat):
-        config, tensors = slot_formats.export(form, params)
-    else:
-        config, tensors = formats.export(form, found, params, names, num_layers)
+    method, form, config, tensors, written = _export(where, found, params, names, num_layers)
     config["peft_type"] = form.peft_type
-    written = list(found.values())
+    remade = [w.base for w in found.values() if isinstance(form, Format) and form.rebuilds(w)]
+    known = set(map(id, jax.tree.leaves(remade, is_leaf=tree.is_split)))
+    lost = [path for path, a in tree.paths(params) if path in changed and id(a) not in known]
+    if lost:
+        raise AdapterError(where, f"other arrays of the model itself: {disk.some(lost)}", "the base as it was")
     for fields, more, these in (
-        whole_hf.export(params, names, num_layers),
+        whole_hf.export(params, names, num_layers, written),
         whole_hf.export_biases(where, params, names, num_layers, found),
     ):
         config |= fields
@@ -84,16 +91,25 @@ def _adapter(params: tree.Params, name: Name) -> Any:
     return w
 
 
-def _format_of(where: object, found: dict[str, Any]) -> tuple[str, Format | SlotFormat]:
-    """The one method that the adapters belong to, with its format."""
+def _export(
+    where: object, found: dict[str, Any], params: tree.Params, names: Names, num_layers: int
+) -> tuple[str, Stored, Fields, Tensors, list[Any]]:
+    """The one method that there is: its name, format, fields, tensors, and the weights that they are of."""
+    forms = [(name, m.hf) for name, m in METHODS.items()]
     if not found:
-        raise AdapterError(where, "no adapter on a weight", "an adapter of one method")
+        for name, form in forms:
+            if isinstance(form, Alone) and (made := form.export(params, names, num_layers))[2]:
+                return name, form, *made
+        raise AdapterError(where, "no method that has a name in peft", "one")
     kinds = {type(w) for w in found.values()}
-    rows = [(name, m.hf) for name, m in METHODS.items() if m.hf is not None and m.hf.leaf in kinds]
+    rows = [(name, form) for name, form in forms if isinstance(form, Format | SlotFormat) and form.leaf in kinds]
     if len(kinds) != 1 or not rows:
         got = "adapters of " + ", ".join(sorted(kind.__name__ for kind in kinds))
         raise AdapterError(where, got, "one method that peft's format can hold")
-    return rows[0]
+    name, form = rows[0]
+    if isinstance(form, SlotFormat):
+        return name, form, *slot_formats.export(form, params), list(found.values())
+    return name, form, *formats.export(form, found, params, names, num_layers), list(found.values())
 
 
 def restore(
@@ -114,6 +130,8 @@ def restore(
     params = whole_hf.replace_bases(where, config, tensors, params, names, saved)
     if isinstance(form, SlotFormat):
         params = slot_formats.restore(form, where, config, tensors, params)
+    elif isinstance(form, Alone):
+        params = form.restore(where, config, tensors, params, names)
     else:
         params = formats.restore(form, where, config, tensors, params, names)
     params = whole_hf.restore(where, config, tensors, params, saved)
@@ -131,7 +149,7 @@ def _modern(config: Fields, tensors: Tensors) -> Fields:
     return config
 
 
-def format_named(where: Path, config: Fields) -> tuple[str, Format | SlotFormat]:
+def format_named(where: Path, config: Fields) -> tuple[str, Stored]:
     """The method that a config is of, and how it is stored. Raises AdapterError for one that is not known."""
     kind = config.get("peft_type")
     known = {name: m.hf for name, m in METHODS.items() if m.hf is not None}
@@ -142,7 +160,7 @@ def format_named(where: Path, config: Fields) -> tuple[str, Format | SlotFormat]
     return found[0]
 
 
-def unknown_fields(config: Fields, form: Format | SlotFormat) -> Fields:
+def unknown_fields(config: Fields, form: Stored) -> Fields:
     """The fields that say something which is not understood."""
     known = {*COMMON, *form.fields}
     return {name: value for name, value in config.items() if name not in known and value not in SILENT}

@@ -146,5 +146,6 @@ FORMAT = Format(
     refuse=refuse,
     common=tied_head,
     prepare=drop_tied_head,
+    rebuilds=lambda w: w.loftq is not None,
     claims=lambda config: not config.get("use_dora"),
 )  # fmt: skip

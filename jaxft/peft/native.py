@@ -43,8 +43,8 @@ or fold it into its base model: `jaxft merge "this directory" --out merged`.
 def export(where: object, params: tree.Params, trained: set[str], methods: Sequence[Any]) -> tuple[dict, Tensors]:
     """Config fields and tensors of all that ``params`` hold besides the base.
 
-    ``trained``: paths of the model's own arrays that a pattern trained; ``methods``: the configs, told for the reader.
-    Raises AdapterError for a field that cannot be written down."""
+    ``trained``: paths of the model's own arrays that are no longer what they were; ``methods``: the configs, told
+    for the reader. Raises AdapterError for a field that cannot be written down."""
     tensors: Tensors = {}
     writer = _Writer(where, trained, tensors)
     found = {path: writer.describe(path, w, False) for path, w in tree.paths(params, inside=False)}

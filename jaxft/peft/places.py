@@ -45,7 +45,12 @@ def get(params: tree.Params, name: Name) -> Any:
         head = tokens.head if isinstance(tokens, Untied) else None
         return head.base if isinstance(head, Head) else head
     w = tree.get(params, name.path)
-    return w.base if isinstance(w, Affine | Untied) else w
+    return w.base if _around(w) else w
+
+
+def _around(w: Any) -> bool:
+    """Whether a weight is only the bias, or the head, around the one that a row means."""
+    return isinstance(w, Affine | Untied) and not w.adapter
 
 
 def sizes(params: tree.Params, name: Name) -> tuple[int, int]:
@@ -92,8 +97,7 @@ def put(params: tree.Params, name: Name, weight: Any) -> tree.Params:
         head = Head(weight) if isinstance(tokens.head, Head) else weight
         return tree.replace(params, TOKENS, dataclasses.replace(tokens, head=head))
     w = tree.get(params, name.path)
-    wrapped = isinstance(w, Affine | Untied)
-    return tree.replace(params, name.path, dataclasses.replace(w, base=weight) if wrapped else weight)
+    return tree.replace(params, name.path, dataclasses.replace(w, base=weight) if _around(w) else weight)
 
 
 def follows(params: tree.Params, names: Names) -> bool:

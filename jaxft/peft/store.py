@@ -6,7 +6,7 @@ has been verified.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +28,30 @@ def save(
     *,
     methods: Sequence[Any] = (),
     base: tree.Params | None = None,
+    changed: Collection[str] = (),
     base_model_name_or_path: str | None = None,
     task_type: str = "CAUSAL_LM",
     overwrite: bool = False,
 ) -> Path:
     """Writes all that ``params`` hold besides the base as a directory; returns its path.
 
-    Arrays of the model itself that were trained by a pattern (`Full`) are known by ``methods``, the configs that made
-    ``params``, or by differing from ``base``, the model's own parameters. The directory appears complete or not at all;
+    What of the model itself is no longer what it was (trained by a pattern, quantised anew) is known by the paths
+    ``changed``, by ``methods``, the configs that made ``params``, or by comparison with ``base``, the model's own
+    parameters. The directory appears complete or not at all;
     one that holds something is refused, unless it is an adapter and ``overwrite``. On several hosts every process must
     call it. Raises AdapterError."""
     target = Path(directory).expanduser().absolute()
     disk.refuse_occupied(target, overwrite)
     _meet("save: looked")
     params = tree.map_weights(lambda path, w: _own_stacked(w), tree.dropout_keys(params, None))
-    trained = _selected(params, methods) | (set() if base is None else native.changed(params, base))
+    trained = _selected(params, methods)
+    other = {*changed, *(() if base is None else native.changed(params, base))}
     try:
         if trained:
             raise AdapterError(target, "plain arrays trained by a pattern", "an adapter")
-        config, tensors, readme = hf.export(target, params, names, num_layers)
+        config, tensors, readme = hf.export(target, params, names, num_layers, other)
     except AdapterError:  # peft has no word for it
-        config, tensors = native.export(target, params, trained, methods)
+        config, tensors = native.export(target, params, trained | other, methods)
         readme = native.README
     source = base_model_name_or_path
     config |= {"base_model_name_or_path": source, "task_type": task_type, "inference_mode": True}

@@ -45,14 +45,17 @@ def find(
     exclude: Targets = (),
     layers: Sequence[int] | None = None,
     saved: Sequence[str] = (),
+    kinds: tuple[str, ...] = ADAPTABLE,
 ) -> list[Target]:
-    """The weights that ``targets`` selects; ``saved`` modules are trained whole and so never adapted.
+    """The weights of these kinds that ``targets`` selects; ``saved`` modules are trained whole and so never adapted.
 
     Raises ValueError naming each target that selects nothing."""
     targets = targets if isinstance(targets, str) else tuple(targets)
-    each = (of_row(name, num_layers, targets, exclude=exclude, layers=layers, saved=saved) for name in names)
+    each = (
+        of_row(name, num_layers, targets, exclude=exclude, layers=layers, saved=saved, kinds=kinds) for name in names
+    )
     found = [target for target in each if target is not None]
-    _refuse_unmatched("targets", targets, found, names, num_layers)
+    _refuse_unmatched("targets", targets, found, names, num_layers, kinds)
     return found
 
 
@@ -64,10 +67,11 @@ def of_row(
     exclude: Targets = (),
     layers: Sequence[int] | None = None,
     saved: Sequence[str] = (),
+    kinds: tuple[str, ...] = ADAPTABLE,
 ) -> Target | None:
     """What ``targets`` selects of one row, by peft's rules; None for nothing."""
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    if name.kind not in ADAPTABLE or (everything and (name.kind == "embedding" or name.path == "head")):
+    if name.kind not in kinds or (everything and (name.kind == "embedding" or name.path == "head")):
         return None
     modules = name.modules(num_layers)
     hit = np.array([
@@ -116,7 +120,9 @@ def _in_layers(name: Name, index: int, module: str, targets: Targets, layers: Se
     return exact or (name.stacked and index in layers)
 
 
-def _refuse_unmatched(field: str, targets: Targets, found: list[Target], names: Names, num_layers: int) -> None:
+def _refuse_unmatched(
+    field: str, targets: Targets, found: list[Target], names: Names, num_layers: int, kinds: tuple[str, ...]
+) -> None:
     if isinstance(targets, str):
         missing = () if found else (targets,)
     else:
@@ -124,7 +130,7 @@ def _refuse_unmatched(field: str, targets: Targets, found: list[Target], names: 
             t for t in targets if not any(matches(m, f.name.path, (t,)) for f in found for m in f.modules)
         )  # fmt: skip
     if missing or not found:
-        _refuse(field, missing, names, num_layers, ADAPTABLE)
+        _refuse(field, missing, names, num_layers, kinds)
 
 
 def _refuse(field: str, missing: tuple[str, ...], names: Names, num_layers: int, kinds: tuple[str, ...]) -> None:
@@ -148,7 +154,11 @@ def pattern_values(modules: Sequence[str], pattern: dict[str, float], default: f
 
 
 def describe(
-    chosen: dict[str, np.ndarray], names: Names, num_layers: int, by_index: bool = True
+    chosen: dict[str, np.ndarray],
+    names: Names,
+    num_layers: int,
+    by_index: bool = True,
+    kinds: tuple[str, ...] = ADAPTABLE,
 ) -> tuple[list[str], list[int] | None]:
     """The shortest (target_modules, layers_to_transform) with which peft selects exactly ``chosen``.
 
@@ -161,7 +171,7 @@ def describe(
     if len(set(stacked)) > 1 or (layers is not None and (len(stacked) < len(rows) or not by_index)):
         return full, None
     endings = sorted({ending(name, names) for name in rows})
-    found = find(names, num_layers, tuple(endings), layers=layers)
+    found = find(names, num_layers, tuple(endings), layers=layers, kinds=kinds)
     exact = {t.name.path for t in found} == set(chosen) and all((t.layers == chosen[t.name.path]).all() for t in found)
     return (endings, layers) if exact else (full, None)
 

@@ -1,19 +1,22 @@
-"""Modules and biases trained whole beside an adapter: peft's ``modules_to_save`` and ``bias``.
+"""Modules and biases trained whole, alone (`BitFit`, `Norms`, `LastLayers`) or beside an adapter (``modules_to_save``).
 
 Each array becomes `InPlace`: a trained float32 copy beside its frozen original, so that `strip` still gives the model
-without the adapter back. A bias trains with its matrix, and a norm with all its vectors.
+without the adapter back. A bias trains with its matrix, and a norm with all its vectors. Of a stack some layers may be
+left out (``layers`` bool[L]): they have no copy.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
-from jaxft.core.weight import InPlace, Untied, plain
+from jaxft.core.weight import Affine, InPlace, Split, Untied, Weight, plain
 from jaxft.peft import places, targets
 
 
@@ -24,17 +27,23 @@ def adapt(params: tree.Params, names: Names, num_layers: int, modules: Sequence[
     return params
 
 
-def wrap(params: tree.Params, name: Name, tied: bool) -> tree.Params:
-    """Trains the weight (and bias) of one row, or the vectors of a norm."""
+def wrap(params: tree.Params, name: Name, tied: bool, layers: np.ndarray | None = None) -> tree.Params:
+    """Trains the weight (and bias) of one row, or the vectors of a norm; under adapters that are there already."""
     if places.is_tied_head(params, name):
         follows = tied and isinstance(places.get(params, _TOKENS), InPlace)
         return params if follows else places.wrap_head(params, lambda w: in_place(w, True))
     old = tree.get(params, name.path)
     if name.kind == "norm":
-        return tree.replace(params, name.path, {field: in_place(vector) for field, vector in old.items()})
+        return tree.replace(params, name.path, {field: in_place(v, None, layers) for field, v in old.items()})
     if isinstance(old, Untied):
         return tree.wrap(params, name.path, in_place)
-    return tree.replace(params, name.path, in_place(old, places.head_follows(params, name, tied)))
+    follows = places.head_follows(params, name, tied)
+
+    def under(w: Any) -> Any:
+        outer: Any = w
+        return dataclasses.replace(outer, base=under(w.base)) if _adapts(w) else in_place(w, follows, layers)
+
+    return tree.replace(params, name.path, under(old))
 
 
 def adapt_biases(params: tree.Params, names: Names, which: str, paths: set[str]) -> tree.Params:
@@ -45,20 +54,36 @@ def adapt_biases(params: tree.Params, names: Names, which: str, paths: set[str])
     return params
 
 
-def wrap_bias(params: tree.Params, name: Name) -> tree.Params:
+def wrap_bias(params: tree.Params, name: Name, layers: np.ndarray | None = None) -> tree.Params:
     """Trains the bias of one row."""
     old = tree.get(params, name.path)
     if name.kind == "norm":
-        return tree.replace(params, name.path, {**old, "bias": in_place(old["bias"])})
-    return tree.replace(params, name.path, dataclasses.replace(old, bias=in_place(old.bias)))
+        return tree.replace(params, name.path, {**old, "bias": in_place(old["bias"], None, layers)})
+
+    def under(w: Any) -> Any:
+        if isinstance(w, Affine) and not w.adapter:
+            return dataclasses.replace(w, bias=in_place(w.bias, None, layers))
+        return dataclasses.replace(w, base=under(w.base))
+
+    return tree.replace(params, name.path, under(old))
 
 
-def in_place(w: Any, tied: bool | None = None) -> InPlace:
-    """The weight trained whole, in float32, beside its frozen original."""
-    return InPlace(base=w, value=jax.tree.map(_copy, plain(w)), tied=tied)
+def in_place(w: Any, tied: bool | None = None, layers: np.ndarray | None = None) -> InPlace:
+    """The weight trained whole, in float32, beside its frozen original; of a stack only in ``layers``, if given."""
+    held = _copy if layers is None or np.all(layers) else functools.partial(_parts, layers)
+    value = jax.tree.map(held, plain(w))
+    return InPlace(base=w, value=value, tied=tied)
 
 
 _TOKENS = Name(places.TOKENS, "", "embedding")
+
+
+def _adapts(w: Any) -> bool:
+    return isinstance(w, Weight) and w.adapter
+
+
+def _parts(layers: np.ndarray, x: jax.Array) -> Split:
+    return Split(tuple(_copy(x[i]) if hit else None for i, hit in enumerate(layers)))
 
 
 def _copy(x: jax.Array) -> jax.Array:

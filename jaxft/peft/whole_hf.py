@@ -6,46 +6,55 @@ weight, which then replaces the model's own.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
-from jaxft.core.weight import Affine, InPlace, Untied, Weight
+from jaxft.core.weight import Affine, InPlace, Split, Untied, Weight
 from jaxft.peft import disk, places, targets, whole
 from jaxft.peft.disk import AdapterError, Tensors
 
 Fields = dict[str, Any]
 
 
-def export(params: tree.Params, names: Names, num_layers: int) -> tuple[Fields, Tensors, list[InPlace]]:
-    """``modules_to_save``, its tensors, and the weights that they are of."""
+def export(
+    params: tree.Params, names: Names, num_layers: int, written: Sequence[Any] = ()
+) -> tuple[Fields, Tensors, list[InPlace]]:
+    """``modules_to_save``, its tensors, and the weights that they are of, but for those already ``written``."""
+    before = set(map(id, written))
     saved: list[str] = []
     tensors: Tensors = {}
-    written: list[InPlace] = []
+    found: list[InPlace] = []
     for name in names:
         w = places.get(params, name)
+        these = list(w.values()) if name.kind == "norm" else [w]
+        if not all(_held(one) and id(one) not in before for one in these):
+            continue
         if name.kind == "norm":
-            held = all(isinstance(vector, InPlace) for vector in w.values())
-            arrays = {_NORM[field]: vector.value for field, vector in w.items()} if held else {}
-            written += w.values() if held else ()
-        elif isinstance(w, InPlace):
+            arrays = {NORM[field]: vector.value for field, vector in w.items()}
+        else:
             value = w.value
             arrays = {"weight": value.base, "bias": value.bias} if isinstance(value, Affine) else {"weight": value}
-            written.append(w)
-        else:
-            continue
+        found += these
         if arrays:
             saved.append(targets.ending(name, names, dot=""))
-            tensors |= _layers(name, arrays, num_layers, _transposed(params, name))
+            tensors |= layers(name, arrays, num_layers, _transposed(params, name))
             if name.path == places.TOKENS and w.tied:  # peft stores the tied head with it
                 tensors |= {f"{n.module}.weight": disk.host(w.value) for n in names if n.path == places.HEAD}
-    return {"modules_to_save": saved or None}, tensors, written
+    return {"modules_to_save": saved or None}, tensors, found
 
 
-_NORM = {"scale": "weight", "bias": "bias"}
+def _held(w: Any) -> TypeGuard[InPlace]:
+    """Whether a weight is trained whole, in every layer of its stack."""
+    return isinstance(w, InPlace) and not any(map(tree.is_split, jax.tree.leaves(w.value, is_leaf=tree.is_split)))
+
+
+NORM = {"scale": "weight", "bias": "bias"}
 _WHOLE = "every module of modules_to_save"
 
 
@@ -54,13 +63,15 @@ def _transposed(params: tree.Params, name: Name) -> bool:
     return name.kind == "linear" and not places.is_tied_head(params, name)
 
 
-def _layers(name: Name, arrays: dict[str, Any], num_layers: int, transposed: bool) -> Tensors:
+def layers(name: Name, arrays: dict[str, Any], num_layers: int, transposed: bool = False) -> Tensors:
     """Each layer's tensors: ``module.key``."""
     out: Tensors = {}
     for key, stack in arrays.items():
-        stack = disk.host(stack) if name.stacked else disk.host(stack)[None]
-        for module, array in zip(name.modules(num_layers), stack, strict=True):
-            out[f"{module}.{key}"] = array.T if transposed and key == "weight" else array
+        parts = stack.parts if tree.is_split(stack) else disk.host(stack) if name.stacked else [stack]
+        for module, part in zip(name.modules(num_layers), parts, strict=True):
+            if part is not None:
+                array = disk.host(part)
+                out[f"{module}.{key}"] = array.T if transposed and key == "weight" else array
     return out
 
 
@@ -77,11 +88,11 @@ def export_biases(
         w = tree.get(params, name.path) if name.bias else None
         bias = w["bias"] if isinstance(w, dict) else w.bias if isinstance(w, Affine) else None
         whole_norm = isinstance(w, dict) and isinstance(w["scale"], InPlace)
-        if isinstance(bias, InPlace) and not whole_norm:
+        if _held(bias) and not whole_norm:
             trained.add(name.path)
             written.append(bias)
             key = "base_layer.bias" if name.path in found else "bias"
-            tensors |= _layers(name, {key: bias.value}, num_layers, False)
+            tensors |= layers(name, {key: bias.value}, num_layers)
     biased = {n.path for n in names if n.bias and not isinstance(places.get(params, n), InPlace)}
     if not trained:
         return {}, tensors, written  # not every config has the field
@@ -129,7 +140,7 @@ def restore(where: object, config: Fields, tensors: Tensors, params: tree.Params
         params = whole.wrap(params, name, tying)
         w = places.get(params, name)
         if name.kind == "norm":
-            filled = {field: _filled(where, tensors, name, _NORM[field], vector) for field, vector in w.items()}
+            filled = {field: fill(where, tensors, name, NORM[field], vector) for field, vector in w.items()}
             params = tree.replace(params, name.path, filled)
         elif isinstance(w, InPlace):  # else a tied head that follows the embedding
             params = places.put(params, name, _filled_module(where, tensors, params, name, w))
@@ -165,17 +176,27 @@ def restore_biases(where: object, config: Fields, tensors: Tensors, params: tree
 def _filled_module(where: object, tensors: Tensors, params: tree.Params, name: Name, w: InPlace) -> InPlace:
     transposed = _transposed(params, name)
     if not isinstance(w.value, Affine):
-        return _filled(where, tensors, name, "weight", w, transposed)
-    matrix = _filled(where, tensors, name, "weight", InPlace(w.base.base, w.value.base), transposed).value
-    bias = _filled(where, tensors, name, "bias", InPlace(w.base.bias, w.value.bias)).value
+        return fill(where, tensors, name, "weight", w, transposed)
+    matrix = fill(where, tensors, name, "weight", InPlace(w.base.base, w.value.base), transposed).value
+    bias = fill(where, tensors, name, "bias", InPlace(w.base.bias, w.value.bias)).value
     return dataclasses.replace(w, value=Affine(matrix, bias))
 
 
-def _filled(where: object, tensors: Tensors, name: Name, key: str, w: InPlace, transposed: bool = False) -> InPlace:
+def fill(where: object, tensors: Tensors, name: Name, key: str, w: InPlace, transposed: bool = False) -> InPlace:
     """The weight with its trained value read, layer by layer."""
     shape = w.value.shape[1:] if name.stacked else w.value.shape
-    modules = name.modules(w.value.shape[0])
     size = shape[::-1] if transposed else shape
-    arrays = [disk.take(where, tensors, f"{m}.{key}", size, _WHOLE) for m in modules]
-    arrays = [array.T if transposed else array for array in arrays]
-    return dataclasses.replace(w, value=jnp.asarray(np.stack(arrays) if name.stacked else arrays[0]))
+
+    def read(module: str) -> np.ndarray:
+        array = disk.take(where, tensors, f"{module}.{key}", size, _WHOLE)
+        return array.T if transposed else array
+
+    modules = name.modules(w.value.shape[0])
+    if tree.is_split(w.value):
+        parts = zip(modules, w.value.parts, strict=True)
+        return dataclasses.replace(
+            w, value=Split(tuple(None if part is None else jnp.asarray(read(m)) for m, part in parts))
+        )
+    return dataclasses.replace(
+        w, value=jnp.asarray(np.stack(list(map(read, modules))) if name.stacked else read(modules[0]))
+    )

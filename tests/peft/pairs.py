@@ -108,13 +108,14 @@ def moved(params: tree.Params, key: jax.Array, size: float = 0.1) -> tree.Params
 
 
 def adapted(name: str, config: Any, key: jax.Array) -> tree.Params:
-    """The model with a method on it, off its initialisation, as training could have left it."""
+    """The model with a method (or a list of them) on it, off its initialisation, as training could have left it."""
     params = moved(jaxft_peft.adapt(model(name), key, config), key)
-    form = jaxft_peft.method_of(config).hf
-    for row in places.rows(ours(name).names):
-        w = None if row.kind == "norm" else places.get(params, row)
-        if form is not None and isinstance(w, form.leaf) and hasattr(w, "base"):
-            params = places.put(params, row, _unpadded(form, row, ours(name).config.num_layers, w))
+    for one in config if isinstance(config, list) else [config]:
+        form = jaxft_peft.method_of(one).hf
+        for row in places.rows(ours(name).names):
+            w = None if row.kind == "norm" else places.get(params, row)
+            if isinstance(form, formats.Format) and isinstance(w, form.leaf) and hasattr(w, "base"):
+                params = places.put(params, row, _unpadded(form, row, ours(name).config.num_layers, w))
     return params
 
 
