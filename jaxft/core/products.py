@@ -22,3 +22,13 @@ def remade(x: jax.Array, make: Callable[..., jax.Array], *parts: Any) -> jax.Arr
 
     Kept for it are ``x`` and ``parts`` only. ``make`` gives [in, out] in any dtype; the product is in that of ``x``."""
     return jax.checkpoint(lambda x, *parts: x @ make(*parts).astype(x.dtype))(x, *parts)
+
+
+def by_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The Khatri-Rao product by rows: a[n, r], b[n, q] -> [n, r q], each row all products of the two rows' numbers."""
+    return (a[:, :, None] * b[:, None, :]).reshape(a.shape[0], -1)
+
+
+def by_columns(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The Khatri-Rao product by columns: a[r, n], b[q, n] -> [r q, n]."""
+    return (a[:, None, :] * b[None, :, :]).reshape(-1, a.shape[1])

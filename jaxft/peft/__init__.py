@@ -21,13 +21,17 @@ from jaxft.peft import (
     bottleneck,
     calibration,
     dora,
+    fourierft,
     full,
     hra,
     ia3,
     last_layers,
+    loha,
+    lokr,
     lora,
     lora_fa,
     lora_hf,
+    miss,
     multitask_prompt_tuning,
     norms,
     oft,
@@ -35,7 +39,9 @@ from jaxft.peft import (
     p_tuning_v2,
     prefix_tuning,
     prompt_tuning,
+    randlora,
     road,
+    shira,
     sites,
     slots,
     vera,
@@ -48,14 +54,18 @@ from jaxft.peft.bottleneck import Houlsby, Parallel, Pfeiffer
 from jaxft.peft.calibration import Calibration
 from jaxft.peft.dora import DoRA
 from jaxft.peft.formats import Alone, Format
+from jaxft.peft.fourierft import FourierFT
 from jaxft.peft.full import Full
 from jaxft.peft.hra import HRA
 from jaxft.peft.ia3 import IA3
 from jaxft.peft.last_layers import LastLayers
+from jaxft.peft.loha import LoHa
+from jaxft.peft.lokr import LoKr
 from jaxft.peft.lora import LoRA, LoRAWeight
 from jaxft.peft.lora_data import EVA, CorDA
 from jaxft.peft.lora_fa import LoRAFA
 from jaxft.peft.lora_init import LoftQ
+from jaxft.peft.miss import MiSS
 from jaxft.peft.multitask_prompt_tuning import MultitaskPromptTuning
 from jaxft.peft.norms import Norms
 from jaxft.peft.oft import OFT
@@ -63,7 +73,9 @@ from jaxft.peft.p_tuning import PTuning
 from jaxft.peft.p_tuning_v2 import PTuningV2
 from jaxft.peft.prefix_tuning import PrefixTuning
 from jaxft.peft.prompt_tuning import PromptTuning
+from jaxft.peft.randlora import RandLora
 from jaxft.peft.road import RoAd
+from jaxft.peft.shira import SHiRA
 from jaxft.peft.sites import Site, Targeted
 from jaxft.peft.slot_formats import SlotFormat
 from jaxft.peft.slots import Slotted
@@ -116,6 +128,12 @@ METHODS: dict[str, Method] = {
     "p_tuning": Method(p_tuning.PTuning, lr=1e-3, hf=p_tuning.FORMAT),
     "prefix_tuning": Method(prefix_tuning.PrefixTuning, lr=1e-2, hf=prefix_tuning.FORMAT),
     "p_tuning_v2": Method(p_tuning_v2.PTuningV2, lr=1e-2, hf=prefix_tuning.FORMAT),
+    "loha": Method(loha.LoHa, lr=1e-3, hf=loha.FORMAT),
+    "lokr": Method(lokr.LoKr, lr=1e-3, hf=lokr.FORMAT),
+    "randlora": Method(randlora.RandLora, lr=1e-4, hf=randlora.FORMAT),
+    "fourierft": Method(fourierft.FourierFT, lr=3e-3, hf=fourierft.FORMAT),
+    "shira": Method(shira.SHiRA, lr=5e-4, hf=shira.FORMAT),
+    "miss": Method(miss.MiSS, lr=2e-4, hf=miss.FORMAT),
 }
 
 
@@ -212,14 +230,18 @@ __all__ = [
     "CorDA",
     "DoRA",
     "Format",
+    "FourierFT",
     "Full",
     "Houlsby",
     "LastLayers",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LoRAFA",
     "LoRAWeight",
     "LoftQ",
     "Method",
+    "MiSS",
     "MultitaskPromptTuning",
     "Norms",
     "PTuning",
@@ -228,7 +250,9 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
+    "RandLora",
     "RoAd",
+    "SHiRA",
     "Site",
     "SlotFormat",
     "Slotted",

@@ -84,17 +84,20 @@ def peft_save(adapted: peft.PeftModel, directory: Path) -> Path:
     return directory
 
 
-def peft_load(name: str, directory: Path) -> peft.PeftModel:
-    """What peft makes of a directory; any warning about missing or unexpected keys is an error."""
+def peft_load(name: str, directory: Path, copies: str | None = None) -> peft.PeftModel:
+    """What peft makes of a directory; any warning about missing or unexpected keys (but ``copies``) is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected|not found).*")
+        if copies is not None:
+            told = rf"Found missing adapter keys[^\[]*\[('[^']*{copies}'(, )?)+\]\.$"
+            warnings.filterwarnings("ignore", message=told)
         return peft.PeftModel.from_pretrained(torch_model(name), str(directory)).eval()
 
 
 def torch_logits(adapted: Any, tokens_BT: np.ndarray = TOKENS) -> np.ndarray:
     """Of the tokens themselves: a prompt's own logits, which peft returns before them, are left out."""
-    return tiny.logits(adapted, tokens_BT)[:, -tokens_BT.shape[1] :]
+    return quietly(tiny.logits, adapted, tokens_BT)[:, -tokens_BT.shape[1] :]
 
 
 def moved(params: tree.Params, key: jax.Array, size: float = 0.1) -> tree.Params:

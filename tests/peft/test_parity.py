@@ -49,5 +49,5 @@ def test_our_adapter_gives_our_logits_in_peft(name, model, tmp_path):
     params = pairs.adapted(model, CASES[name].ours, jax.random.key(3))
     expected = pairs.logits(model, params)
     assert np.abs(expected - pairs.logits(model, pairs.ours(model).params)).max() > 1e-3
-    theirs = pairs.peft_load(model, pairs.save(model, params, tmp_path / "ours"))
+    theirs = pairs.peft_load(model, pairs.save(model, params, tmp_path / "ours"), CASES[name].copies)
     chex.assert_trees_all_close(pairs.torch_logits(theirs), expected, **CLOSE)

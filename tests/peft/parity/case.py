@@ -16,3 +16,5 @@ class Case:
     models: tuple[str, ...] = ("llama", "llama_tied", "qwen2", "gpt2")
     mergeable: bool = True
     """Whether the adapted weight is a plain weight as well."""
+    copies: str | None = None
+    """Names, as a regex, of tensors that peft writes again for every module and warns of where they are missing."""
