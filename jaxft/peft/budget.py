@@ -18,6 +18,13 @@ SIZED_BY: dict[str, str] = {
     "houlsby": "reduction_factor",
     "pfeiffer": "reduction_factor",
     "parallel": "reduction_factor",
+    "vera": "rank",
+    "loha": "rank",
+    "lokr": "rank",
+    "randlora": "rank",
+    "fourierft": "frequencies",
+    "shira": "rank",
+    "miss": "rank",
 }
 """The setting that scales each method; one that is not here has the size it has."""
 

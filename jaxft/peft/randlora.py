@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxft.core import products
 from jaxft.core.weight import Shared, Weight, parameter, static, trainable, weight
-from jaxft.peft import formats
+from jaxft.peft import disk, formats
 from jaxft.peft.disk import AdapterError, Tensors
 from jaxft.peft.formats import Fields, Format
 from jaxft.peft.sites import Site, Targeted
@@ -132,7 +132,7 @@ def stored(where: object, config: Fields, tensors: Tensors, shapes: Sequence[tup
         )
         raise AdapterError(where, "save_projection false, no random matrices", f"{A[1:]} and {B[1:]}", remedy)
     both = zip((A, B), _bases(shapes, config.get("r", 32)), strict=True)
-    a, b = (Shared(jnp.asarray(formats.take(where, tensors, name, shape))) for name, shape in both)
+    a, b = (Shared(jnp.asarray(disk.take(where, tensors, name, shape))) for name, shape in both)
     for copy in [name for name in tensors if name.endswith((".randlora_A", ".randlora_B"))]:
         del tensors[copy]
     return a, b

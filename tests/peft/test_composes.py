@@ -17,6 +17,11 @@ from jaxft.testing.model_checks import Trial
 SMALL: dict[str, dict[str, Any]] = {
     "full": {"select": "norms"},
     "road": {"group_size": 16},
+    "vera": {"rank": 16},
+    "randlora": {"rank": 12, "alpha": 12},
+    "fourierft": {"frequencies": 20},
+    "shira": {"rank": 4},
+    "miss": {"rank": 12},
 }
 """Settings that fit a decoder of 32 features; the defaults otherwise."""
 LISTS = {
