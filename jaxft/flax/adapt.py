@@ -73,7 +73,9 @@ def places(seen: Seen, params: dict[str, Any]) -> list[Place]:
         use, layout = min(uses, key=lambda one: one[0] != "lookup")  # a look-up says what an embedding is
         transposed = ("product", dataclasses.replace(layout, rows=layout.columns, columns=layout.rows))
         allowed = {(use, layout), ("product", layout), transposed} if use == "lookup" else {(use, layout)}
-        if path in seen.elsewhere or not uses <= allowed or not jnp.issubdtype(params[path].dtype, jnp.floating):
+        if not uses <= allowed:
+            seen.elsewhere.setdefault(path, "products with different axes")
+        if path in seen.elsewhere or not jnp.issubdtype(params[path].dtype, jnp.floating):
             continue
         added = seen.biases.get(path, set())
         bias = next(iter(added)) if len(added) == 1 else None

@@ -30,11 +30,14 @@ class Layout:
 
 @weight
 class Matrix(Weight):
-    """An array ``base`` [*stack, ...] read as [*stack, in, out]; ``rows`` and ``columns`` are the other axes' roles."""
+    """An array ``base`` [*stack, ...] read as [*stack, in, out]; ``rows`` and ``columns`` are the other axes' roles.
+
+    ``result``: dtype of a product that the model asked to be wider than what is multiplied; None: that of the input."""
 
     base: Any = parameter()
     rows: tuple[int, ...] = static()
     columns: tuple[int, ...] = static()
+    result: Any = static(default=None)
     adapter: ClassVar[bool] = False
 
     @property
@@ -56,7 +59,8 @@ class Matrix(Weight):
         """The product in the array's own shape: a reshaped copy of it would be kept for the backward pass."""
         split = x.reshape(*x.shape[:-1], *(self.base.shape[a] for a in over))
         inner = (tuple(range(x.ndim - 1, split.ndim)), _from_front(self.base.ndim, over))
-        return jax.lax.dot_general(split, self.base.astype(x.dtype), (inner, ((), ()))).reshape(*x.shape[:-1], -1)
+        y = jax.lax.dot_general(split, self.base.astype(x.dtype), (inner, ((), ())), preferred_element_type=self.result)
+        return y.reshape(*x.shape[:-1], -1)
 
     def dense(self):
         stack = range(self.base.ndim - len(self.rows) - len(self.columns))
@@ -107,22 +111,16 @@ def make(array: Any, layout: Layout, use: str) -> Kernel:
     return settled(Kernel(array, tuple(array.shape), layout.stack, layout.rows, layout.columns, use))
 
 
-def root(kernel: Kernel) -> Any:
-    """What all wrappers of a kernel stand on."""
-    w = kernel.base
-    while isinstance(w, Weight) and not isinstance(w, Matrix):
-        w = w.base
-    return w
+def root(w: Any) -> Any:
+    """What all wrappers of a weight stand on: a `Matrix`, or what was put there by `on`."""
+    return root(w.base) if isinstance(w, Weight) and not isinstance(w, Matrix) else w
 
 
-def on(kernel: Kernel, new: Any) -> Kernel:
-    """The kernel with ``new`` for a root."""
-
-    def visit(w: Any) -> Any:
-        inner = isinstance(w, Weight) and not isinstance(w, Matrix)
-        return dataclasses.replace(w, base=visit(w.base)) if inner else new  # type: ignore[type-var]
-
-    return visit(kernel)
+def on(w: Any, new: Any) -> Any:
+    """The weight with ``new`` for a root."""
+    if not isinstance(w, Weight) or isinstance(w, Matrix):
+        return new
+    return dataclasses.replace(w, base=on(w.base, new))  # type: ignore[type-var]
 
 
 def original(kernel: Kernel) -> jax.Array:

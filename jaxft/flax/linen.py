@@ -30,7 +30,9 @@ from jaxft.models.decoder import Execution
 Variables = Any  # what init returns and apply takes: {"params": ..., other collections}
 
 
-def adapt(model: nn.Module, variables: Variables, key: jax.Array, method: Any, *args: Any, **kwargs: Any) -> Variables:
+def adapt(
+    model: nn.Module, variables: Variables, key: jax.Array, method: Any, /, *args: Any, **kwargs: Any
+) -> Variables:
     """The variables with one method, or a list of them in order, on the parameters that its ``targets`` select.
 
     ``args`` and ``kwargs`` are an example of a call, as for ``model.apply`` (``rngs``, ``mutable``, ``method``; arrays
@@ -55,7 +57,7 @@ def adapt(model: nn.Module, variables: Variables, key: jax.Array, method: Any, *
     return made
 
 
-def apply(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> Any:
+def apply(model: nn.Module, variables: Variables, /, *args: Any, **kwargs: Any) -> Any:
     """``model.apply(variables, *args, **kwargs)`` with the adapters in effect; meant to be jitted.
 
     An adapter's own dropout is on where ``rngs`` has a key for "dropout"."""

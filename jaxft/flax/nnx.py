@@ -28,6 +28,8 @@ from jaxft.models import decoder, heads
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 
+Call = str | Callable[..., Any]
+
 
 class Adapter(nnx.Variable):
     """An array that an adapter trains."""
@@ -58,8 +60,8 @@ class Arrays(nnx.Module):
 class Adapted(nnx.Module):
     """A model with adapters in effect. Called like the model; its methods and data are the model's.
 
-    ``model`` is the model without them. ``deterministic`` (set by ``train`` and ``eval``): whether an adapter's own
-    dropout is off."""
+    ``model`` is the model without them; what a call changes in its variables is changed, as ever, but not what it
+    assigns to plain attributes. ``deterministic`` (set by ``train`` and ``eval``): whether adapters' dropout is off."""
 
     def __init__(self, model: nnx.Module, kernels: dict[str, Kernel], key: jax.Array):
         self.model = model
@@ -87,24 +89,27 @@ class Adapted(nnx.Module):
         return value
 
 
-def adapt(model: nnx.Module, key: jax.Array, method: Any, *args: Any, **kwargs: Any) -> Adapted:
+def adapt(
+    model: nnx.Module, key: jax.Array, method: Any, /, *args: Any, call: Call = "__call__", **kwargs: Any
+) -> Adapted:
     """The model with one method, or a list of them in order, on the parameters that its ``targets`` select.
 
     ``args`` and ``kwargs`` are an example of a call (arrays may be ShapeDtypeStructs): which axes of a parameter are
-    inputs and outputs is read off what the call does with it. Targets are names of modules (or of a parameter that is
-    not called kernel or embedding), endings of them, a regex, or all-linear. The model's parameters are shared.
-    Raises ValueError naming a target that selects nothing."""
+    inputs and outputs is read off what the call does with it. ``call``: the name of the method that is called, or a
+    function of the model and the arguments, where one method does not use all parameters. Targets are names of modules
+    (or of a parameter that is not called kernel or embedding), endings of them, a regex, or all-linear. The model's
+    parameters are shared. Raises ValueError naming a target that selects nothing."""
     bare, params = (model.model, _params(model)) if isinstance(model, Adapted) else (model, _own_params(model))
     filled, arrays = adapting.abstract((args, kwargs))
 
-    def call(values: dict[str, Any], *arrays: Any) -> Any:
-        return _prepared(bare, "__call__", *filled(arrays))(values)
+    def example(values: dict[str, Any], *arrays: Any) -> Any:
+        return _prepared(bare, call, *filled(arrays))(values)
 
-    seen = adapting.observe(call, params, *arrays)
+    seen = adapting.observe(example, params, *arrays)
     made = Adapted(bare, adapting.adapt(params, seen, key, method), jax.random.fold_in(key, len(params)))
 
     def trial(*arrays: Any) -> Any:
-        return adapting.run(_prepared(bare, "__call__", *filled(arrays)), _params(made, key))
+        return adapting.run(_prepared(bare, call, *filled(arrays)), _params(made, key))
 
     jax.eval_shape(trial, *arrays)
     return made
@@ -165,14 +170,15 @@ def _run(model: Adapted, name: str, /, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def _prepared(model: nnx.Module, name: str, args: Any, kwargs: Any) -> Callable[[dict[str, Any]], Any]:
+def _prepared(model: nnx.Module, method: Call, args: Any, kwargs: Any) -> Callable[[dict[str, Any]], Any]:
     """A pure function of parameters by path: (result, variables of the model and its arguments afterwards)."""
     graph, state = nnx.split((model, args, kwargs))
 
     def call(values: dict[str, Any]) -> Any:
         given = {p: v.copy(values[_text(p[1:])]) if _is_given(p, values) else v for p, v in nnx.to_flat_state(state)}
         whole = nnx.merge(graph, nnx.from_flat_state(given), copy=True)
-        out = getattr(whole[0], name)(*whole[1], **whole[2])
+        bound = getattr(whole[0], method) if isinstance(method, str) else functools.partial(method, whole[0])
+        out = bound(*whole[1], **whole[2])
         after = {p: v for p, v in _flat(whole) if isinstance(v, nnx.Variable) and not _is_given(p, values)}
         return out, nnx.from_flat_state(after)
 
@@ -185,7 +191,8 @@ def _is_given(path: Any, values: dict[str, Any]) -> bool:
 
 def _own_params(model: nnx.Module) -> dict[str, Any]:
     """The model's parameters by path."""
-    return {_text(path): v.get_value() for path, v in _flat(model) if isinstance(v, nnx.Param)}
+    found = ((path, v.get_value()) for path, v in _flat(model) if isinstance(v, nnx.Param))
+    return {_text(path): value for path, value in found if hasattr(value, "ndim")}
 
 
 def _params(model: Adapted, key: jax.Array | None = None) -> dict[str, Any]:

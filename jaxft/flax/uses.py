@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxft.core import verbs
 from jaxft.core.weight import Shared
+from jaxft.flax import kernel as kernels
 from jaxft.flax.held import Held, Product, bind, layout_of, plain
 from jaxft.flax.kernel import Kernel, Layout, with_bias
 from jaxft.flax.windows import Windows
@@ -41,8 +42,10 @@ def dot_general(eqn: Any, values: list[Any]) -> list[Any] | None:
     shape, dtype = eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype
 
     def multiply(w: Any) -> jax.Array:
-        wide = jnp.promote_types(jnp.promote_types(x.dtype, eqn.invars[side].aval.dtype), dtype)
-        rows = jnp.transpose(x.astype(wide), (*over, *kept, *theirs))
+        own = jnp.promote_types(x.dtype, eqn.invars[side].aval.dtype)
+        if jnp.promote_types(own, dtype) != own:
+            w = kernels.on(w, dataclasses.replace(kernels.root(w), result=dtype))
+        rows = jnp.transpose(x.astype(own), (*over, *kept, *theirs))
         with _precision(eqn.params["precision"]):
             y = _product(rows.reshape(*rows.shape[: x.ndim - len(theirs)], -1), w, len(over), layout != h.value.layout)
         y = y.reshape([shape[wanted.index(axis)] for axis in made])

@@ -1,7 +1,8 @@
 """Linen models in the ways that Flax users write them: what the bridge is tested on.
 
-`Transformer` is put together from Flax's published parts in the manner of its lm1b example; `T5Dense` is how T5X stores
-a kernel: flat, reshaped where it is used, the layers on axis 1.
+`Transformer` is put together from Flax's published parts in the manner of its lm1b example; `EinMix` is einops' own
+layer, whose kernel stands on the left of the product; `T5Dense` is how T5X stores a kernel: flat, reshaped where it is
+used, the layers on axis 1.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops.layers.flax import EinMix
 from flax import linen as nn
 
 from jaxft.peft import METHODS, Method, Targeted
@@ -174,6 +176,12 @@ CASES = {
         {"heads/kernel": (5, 2), "merge/kernel": (12, 2), "w": (6, 2)},
     ),
     "t5": Case(T5(), lambda: numbers(2, 4, 8), "all-linear", {"layers/up": (2, 8, 2), "layers/down": (2, 12, 2)}),
+    "einmix": Case(
+        EinMix("b t (h d) -> b (k e) t", "h d k e", "k e", sizes={"h": 2, "d": 3, "k": 4, "e": 5}),
+        lambda: numbers(2, 7, 6),
+        "all-linear",
+        {"weight": (6, 2)},
+    ),
     "experts": Case(
         Experts(),
         lambda: numbers(3, 4, 7),

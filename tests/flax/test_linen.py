@@ -165,21 +165,19 @@ def test_every_method(method):
 
 
 def test_a_map_on_the_output_sees_the_bias():
-    case = CASES["mlp"]
-    variables = linen.adapt(
-        case.model, plain("mlp"), KEY, METHODS["houlsby"].config(targets=("twice", "split")), case.example()
-    )
-    assert {path: w.bias for path, w in kernels(variables).items()} == {
-        "twice/kernel": "twice/bias",
-        "split/kernel": None,
-    }
-    layer = nn.Dense(3)
-    own = layer.init(KEY, numbers(2, 4))
-    own = {"params": {**own["params"], "bias": jnp.arange(3.0)}}
-    changed = moved(linen.adapt(layer, own, KEY, METHODS["houlsby"].config(targets=("kernel",)), numbers(2, 4)))
-    w = changed["params"]["kernel"].base
-    y = layer.apply(own, numbers(2, 4))
-    chex.assert_trees_all_close(linen.apply(layer, changed, numbers(2, 4)), y + w._added(y), atol=1e-6)
+    def around(model, base, x, targets):
+        made = linen.adapt(model, base, KEY, METHODS["ia3"].config(targets=targets), x)
+        assert all(w.base.scale.shape[-1:] == w.base.shape[-1:] for w in kernels(made).values())
+        return made, {path: w.bias for path, w in kernels(made).items()}
+
+    _, biases = around(CASES["mlp"].model, plain("mlp"), CASES["mlp"].example(), ("twice", "split"))
+    assert biases == {"twice/kernel": "twice/bias", "split/kernel": None}
+    case = CASES["einmix"]  # whose product is transposed before the bias is added
+    made, biases = around(case.model, plain("einmix"), case.example(), ("weight",))
+    assert biases == {"weight": "bias"}
+    doubled = jax.tree.map(lambda a: 2.0 * a, (part := jaxft.partition(made, jaxft.trainable_mask(made)))[0])
+    got = linen.apply(case.model, jaxft.combine(doubled, part[1]), case.example())
+    chex.assert_trees_all_close(got, 2.0 * case.model.apply(plain("einmix"), case.example()), atol=1e-5)
 
 
 def test_a_training_step_moves_only_the_adapter():
@@ -261,6 +259,28 @@ def test_an_example_may_be_shapes_only():
     chex.assert_trees_all_equal(got, adapted("mlp"))
 
 
+def test_the_precision_and_result_that_the_model_asks_for():
+    """bfloat16 operands and a float32 result, summed in float32: at the start exactly the model."""
+
+    class Wider(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.normal(), (64, 32), jnp.bfloat16)
+            return jnp.einsum("bi,io->bo", x, w, preferred_element_type=jnp.float32, precision="highest")
+
+    model, x = Wider(), numbers(3, 64).astype(jnp.bfloat16)
+    variables = model.init(KEY, x)
+    made = linen.adapt(model, variables, KEY, LoRA(rank=2), x)
+    got = jax.make_jaxpr(lambda v: linen.apply(model, v, x))(made)
+    assert (
+        next(
+            eqn.params["preferred_element_type"] for eqn in jaxprs.equations(got) if eqn.primitive.name == "dot_general"
+        )
+        == jnp.float32
+    )
+    chex.assert_trees_all_equal(linen.apply(model, made, x), model.apply(variables, x))
+
+
 class Odd(nn.Module):
     """Parameters that make no matrix: normalised, in groups, joined."""
 
@@ -297,6 +317,24 @@ def test_refusals():
         linen.adapt(
             Convolutions(), plain("convolutions"), KEY, LoRA(targets=("patch",), dropout=0.1), numbers(2, 6, 6, 4)
         )
+
+
+def test_an_example_of_another_method():
+    class Two(nn.Module):
+        def setup(self):
+            self.embed, self.dense = nn.Embed(11, 4), nn.Dense(3)
+
+        def __call__(self, ids):
+            return self.embed(ids)
+
+        def score(self, ids):
+            return self.dense(self(ids))
+
+    model = Two()
+    variables = model.init(KEY, ids(), method="score")
+    made = linen.adapt(model, variables, KEY, LoRA(rank=2), ids(), method="score")
+    assert set(kernels(made)) == {"dense/kernel"}
+    chex.assert_trees_all_equal(linen.apply(model, made, ids()), model.apply(variables, ids()))
 
 
 def test_another_call_that_uses_an_adapted_parameter_otherwise_is_refused():

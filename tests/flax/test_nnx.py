@@ -226,6 +226,16 @@ def test_saved_and_loaded(tmp_path):
     assert loaded.adapters["rest/up/kernel"].structure == model.adapters["rest/up/kernel"].structure
 
 
+def test_an_example_may_be_any_use_of_the_model():
+    made = bridge.adapt(plain(), KEY, LoRA(rank=2, targets=("up",)), ids(), call="features")
+    assert set(made.adapters) == {"first/0/up/kernel", "rest/up/kernel"}
+
+    def both(model, ids):
+        return model.features(ids), model.split(jnp.ones((1, 8)))
+
+    assert set(bridge.adapt(plain(), KEY, LoRA(targets=("split",)), ids(), call=both).adapters) == {"split/kernel"}
+
+
 def test_adapting_twice_and_shapes_only():
     model = adapted()
     move(model)
