@@ -67,7 +67,14 @@ def bind(eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def plain(value: Any, user: str) -> Any:
-    """The array, for an operation ``user`` that does not follow parameters. Raises TypeError for an adapted one."""
+    """The array, for an operation ``user`` that does not follow parameters.
+
+    Raises TypeError for an adapted one, and for a product whose bias was to be added before the map on it."""
+    if isinstance(value, Product) and value.of.adapted:
+        raise TypeError(
+            f"{value.of.path} is adapted by a map on its output, {value.of.value.bias} included, and here the product "
+            f"goes into {user!r} first. Leave it out of targets, or choose a method that maps the weight."
+        )
     if isinstance(value, Product):
         return value.finish(None)
     if not isinstance(value, Held):

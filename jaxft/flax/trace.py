@@ -143,7 +143,7 @@ def _cond(eqn: Any, values: list[Any]) -> list[Any]:
 
 def _settled(values: list[Any]) -> list[Any]:
     """Without products that wait for their bias: those do not cross into another program."""
-    return [v.finish(None) if isinstance(v, Product) else v for v in values]
+    return [plain(v, "another program") if isinstance(v, Product) else v for v in values]
 
 
 RULES: dict[str, Callable[[Any, list[Any]], list[Any] | None]] = {
