@@ -14,21 +14,27 @@ from jaxft.core import tree
 
 SIZED_BY: dict[str, str] = {
     "lora": "rank",
+    "lora_fa": "rank",
+    "dora": "rank",
     "adalora": "init_rank",
     "houlsby": "reduction_factor",
     "pfeiffer": "reduction_factor",
     "parallel": "reduction_factor",
-    "vera": "rank",
     "loha": "rank",
     "lokr": "rank",
     "randlora": "rank",
     "fourierft": "frequencies",
     "shira": "rank",
     "miss": "rank",
+    "oft": "block_size",
+    "boft": "block_size",
+    "hra": "rank",
+    "prefix_tuning": "tokens",
+    "p_tuning_v2": "tokens",
 }
-"""The setting that scales each method; one that is not here has the size it has."""
+"""The setting that scales each method; one that is not here has the size it has, or grows a prompt out of reason."""
 
-VALUES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+VALUES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 
 
 class _Of:
