@@ -69,6 +69,9 @@ class RunConfig:
     """Saving and resuming."""
     log: LogConfig = field(default_factory=LogConfig)
     """What is shown and written while training."""
+    sweep: tuple[str, ...] = ()
+    """Members to train side by side on one copy of the model, all combinations of these values: peft.rank=8,16
+    optim.lr=1e-4,3e-4 seed=0..3. The same as `--sweep`."""
     run_dir: str | None = None
     """Folder of the run: resolved config, metrics, checkpoints, samples. Default: runs/ with the config file's name."""
     resume: bool = False
@@ -81,6 +84,11 @@ def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> RunCo
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{Path(file).stem if file else 'run'}")
     return config
+
+
+def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The config with `key=value` overrides laid over it. Raises ConfigError."""
+    return check.build(RunConfig, reading.over(reading.Source(check.plain(config)), overrides))
 
 
 def dump(config: RunConfig) -> str:

@@ -39,8 +39,7 @@ def claim(config: RunConfig) -> tuple[Path, bool]:
     check(config)
     folder = Path(str(config.run_dir))
     resumed = _occupied(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, config_.dump(config))
+    write(config)
     return folder, resumed
 
 
@@ -60,8 +59,10 @@ def _refuse_other(folder: Path, config: RunConfig) -> None:
         )
 
 
-def _write(folder: Path, text: str) -> None:
+def write(config: RunConfig) -> None:
     """Writes config.yaml at once or not at all; a different earlier one is kept under a number."""
+    folder, text = Path(str(config.run_dir)), config_.dump(config)
+    folder.mkdir(parents=True, exist_ok=True)
     target = folder / CONFIG
     if target.exists():
         if target.read_text(encoding="utf-8") == text:

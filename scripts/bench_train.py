@@ -47,8 +47,10 @@ class Model:
     names: tuple
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(doc: str | None = __doc__) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="1b", help="1b: Llama-3.2-1B; 8b: Llama-3.1-8B")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
@@ -63,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--metrics", action="store_true", help="also accuracy and entropy, as `jaxft train` reports")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="print the longest kernels of three more steps")
-    return parser.parse_args()
+    return parser
 
 
 def matmul_ceiling(n: int = 8192) -> float:
@@ -87,12 +89,29 @@ def timed(run, warm_up: int, count: int) -> list[float]:
     return times
 
 
-def build(args: argparse.Namespace):
-    """The compiled step with its arguments: (compiled, state, frozen, batches, config, names, compile seconds)."""
+def base(args: argparse.Namespace):
+    """A model with random weights: (config, Model)."""
     raw = {"model_type": "llama", "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **SHAPES[args.shape]}
     config, names = families.read(raw)
     key = jax.random.key(0, impl="rbg" if jax.default_backend() == "gpu" else None)
-    model = Model(init.random(config, names, key, args.dtype), names)
+    return config, Model(init.random(config, names, key, args.dtype), names)
+
+
+def execution(args: argparse.Namespace) -> Execution:
+    return Execution(remat=args.remat, unroll=args.layers == "unroll", backend=args.backend)
+
+
+def peak_gib(compiled) -> float:
+    """The compiler's peak: arguments, temporaries and outputs less aliases."""
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return round((used - memory.alias_size_in_bytes) / 2**30, 3)
+
+
+def build(args: argparse.Namespace):
+    """The compiled step with its arguments: (compiled, state, frozen, batches, config, names, compile seconds)."""
+    config, model = base(args)
+    names = model.names
     method = peft.LoRA(rank=args.rank, alpha=2 * args.rank) if args.method == "lora" else peft.Full()
     params = peft.adapt(model, jax.random.key(1), method)
     trainable, frozen = tree.partition(params, tree.trainable_mask(params, peft.method_of(method).select(method)))
@@ -101,10 +120,9 @@ def build(args: argparse.Namespace):
         if args.layers == "unroll":
             del params, model
             frozen = tree.split_layers(frozen)
-    execution = Execution(remat=args.remat, unroll=args.layers == "unroll", backend=args.backend)
     objective = OBJECTIVES["sft"]
     needs = objective.needs + (objective.reports if args.metrics else ())
-    score = make_score(config, needs, dtype=args.dtype, execution=execution)
+    score = make_score(config, needs, dtype=args.dtype, execution=execution(args))
     settings = optim.OptimConfig(name=args.optimizer, lr=1e-4)
     optimizer = optim.make(settings, trainable, total_steps=1000)
     train_state = state.create(trainable, optimizer, jax.random.key(2))
@@ -150,11 +168,9 @@ def kernels(run, count: int = 30) -> list[tuple[str, float, float]]:
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments().parse_args()
     ceiling = matmul_ceiling()
     compiled, train_state, frozen, batches, config, names, seconds = build(args)
-    memory = compiled.memory_analysis()
-    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     losses: list[float] = []
 
     def run() -> None:
@@ -178,7 +194,7 @@ def main() -> None:
         "model_tflops": round(work / median / 1e12, 1),
         "matmul_tflops": round(ceiling / 1e12, 1),
         "share_of_matmul": round(work / median / ceiling, 4),
-        "peak_gib": round((used - memory.alias_size_in_bytes) / 2**30, 2),
+        "peak_gib": peak_gib(compiled),
         "in_use_peak_gib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30, 2),
         "compile_s": round(seconds, 1),
         "trainable": tree.count(train_state.trainable),

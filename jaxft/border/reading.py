@@ -84,7 +84,11 @@ class Source:
 
 def read(file: Path | str | None, overrides: Sequence[str] = ()) -> Source:
     """The values of a YAML file (none: an empty one) with `key=value` overrides laid over them; the last one wins."""
-    source = Source() if file is None else _read_file(Path(file))
+    return over(Source() if file is None else _read_file(Path(file)), overrides)
+
+
+def over(source: Source, overrides: Sequence[str]) -> Source:
+    """``source`` with `key=value` overrides laid over it; the last one wins."""
     for override in overrides:
         _lay_over(source, override)
     return source

@@ -40,17 +40,35 @@ def evaluator(
     folder: Path,
 ) -> Evaluator:
     """``(step, state) -> {"exact_match": share}`` (if asked for); the samples are appended to ``folder``."""
-    settings = generate.GenerateConfig(config.generate.max_new_tokens, temperature=0.0, batch=config.generate.batch)
-    end = ends(config, base)
 
     def evaluate(step: int, state: TrainState) -> dict[str, float]:
         params = tree.cast(tree.combine(state.trainable, frozen), dtype)
-        said = replies.replies(base.config, params, prompts, base.tokenizer, settings, end, execution=how)
-        write(folder / FILE, step, said[: config.eval.samples], base.tokenizer)
-        scored = said[: config.eval.exact_match]
-        return {"exact_match": sum(reply.exact for reply in scored) / len(scored)} if scored else {}
+        return tell(config, folder, step, ask(config, params, prompts, base, how), base.tokenizer)
 
     return evaluate
+
+
+def ask(
+    config: RunConfig,
+    params: tree.Params,
+    prompts: Sequence[Prompt],
+    base: Model,
+    how: Execution,
+    adapters: Sequence[int] | None = None,
+) -> list[Reply]:
+    """Greedy replies; ``adapters``: of stacked ones, that of each prompt."""
+    settings = generate.GenerateConfig(config.generate.max_new_tokens, temperature=0.0, batch=config.generate.batch)
+    end = ends(config, base)
+    return replies.replies(
+        base.config, params, prompts, base.tokenizer, settings, end, execution=how, adapters=adapters
+    )
+
+
+def tell(config: RunConfig, folder: Path, step: int, said: Sequence[Reply], tokenizer: Any) -> dict[str, float]:
+    """Appends the samples to a run's own, and returns the share of exact answers (if asked for)."""
+    write(folder / FILE, step, said[: config.eval.samples], tokenizer)
+    scored = said[: config.eval.exact_match]
+    return {"exact_match": sum(reply.exact for reply in scored) / len(scored)} if scored else {}
 
 
 def ends(config: RunConfig, base: Model) -> list[int]:

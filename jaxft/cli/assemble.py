@@ -5,6 +5,7 @@ This is where the rooms meet; each function here is one seam and decides nothing
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxft.models import flops, slots
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import native
-from jaxft.rollout import score
+from jaxft.rollout import members, score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
 from jaxft.training import optim, prefetch, state
@@ -89,10 +90,17 @@ def statistics(config: RunConfig, base: Model, prepared: Prepared, how: Executio
     return found
 
 
+def adapted(
+    config: RunConfig, base: Model, statistics: dict[str, Any] | None = None
+) -> tuple[tree.Params, tree.Params, tree.Params]:
+    """The methods applied to the base: parameters, what of them trains, and the default learning rate of that."""
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    return peft.adapt_for_training(base, key, [choice.value for choice in config.peft], statistics)
+
+
 def split(config: RunConfig, base: Model, mesh: Mesh | None, statistics: dict[str, Any] | None = None) -> Split:
     """The methods applied to the base, and the parameters split into trained and frozen."""
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    params, mask, rates = peft.adapt_for_training(base, key, [choice.value for choice in config.peft], statistics)
+    params, mask, rates = adapted(config, base, statistics)
     trainable, frozen = tree.partition(params, mask)
     changed = native.changed(params, base.params)
     if mesh is None:
@@ -113,12 +121,14 @@ def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
     return Execution(config.train.remat, unroll[config.train.unroll], attention, mesh)
 
 
-def scorer(config: RunConfig, base: Model, how: Execution) -> score.Score:
-    """What the objective asks of the model, and what it can report besides."""
+def scorer(config: RunConfig, base: Model, how: Execution, differs: tree.Params | None = None) -> score.Score:
+    """What the objective asks of the model, and what it can report besides; ``differs``: of a sweep's members."""
     objective = OBJECTIVES[config.objective.name]
     dtype = base.params["embed"]["tokens"].dtype
-    needs = (*objective.needs, *objective.reports)
-    return score.make_score(base.config, needs, dtype=dtype, execution=how, neftune_alpha=config.train.neftune_alpha)
+    needs, alpha = (*objective.needs, *objective.reports), config.train.neftune_alpha
+    if differs is not None:
+        return members.make_score(base.config, needs, differs, dtype=dtype, execution=how, neftune_alpha=alpha)
+    return score.make_score(base.config, needs, dtype=dtype, execution=how, neftune_alpha=alpha)
 
 
 def hooks(config: RunConfig, parts: Split, steps: int) -> Hooks:
@@ -134,26 +144,44 @@ def start(
     config: RunConfig, parts: Split, steps: int, mesh: Mesh | None, hooks: Hooks = hooks_.NONE
 ) -> tuple[Optimizer, TrainState, TrainState | None]:
     """The optimiser, the state before the first step, and the state's shardings."""
+    default, factors = rates(config, parts)
+    optimizer = optim.make(config.optim, parts.trainable, steps, default, factors)
+    return optimizer, *first_state(config, parts, optimizer, state_key(config), mesh, hooks.start)
+
+
+def rates(config: RunConfig, parts: Split) -> tuple[float, tree.Params]:
+    """The default learning rate, and the factors by which single arrays differ from it."""
     first = peft.method_of(config.peft[0].value).lr
     factors = jax.tree.map(lambda rate: rate / first, parts.rates)
     for choice in config.peft:
         groups = peft.method_of(choice.value).groups(choice.value)
         if groups:
             factors = jax.tree.map(lambda f, g: f * g, factors, optim.multipliers(groups, parts.trainable))
-    optimizer = optim.make(config.optim, parts.trainable, steps, first, factors)
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
+    return first, factors
+
+
+def state_key(config: RunConfig) -> jax.Array:
+    """The key of a run's dropout and noise."""
+    return jax.random.fold_in(jax.random.key(config.train.seed), 2)
+
+
+def first_state(
+    config: RunConfig,
+    parts: Split,
+    optimizer: Optimizer,
+    key: jax.Array,
+    mesh: Mesh | None,
+    method: Callable[[tree.Params], Any],
+) -> tuple[TrainState, TrainState | None]:
+    """The state before the first step, and its shardings; ``method``: `Hooks.start`."""
     reference = "reference" in OBJECTIVES[config.objective.name].views
     places = None
     if mesh is not None and parts.shardings is not None:
-        shapes = state.abstract(
-            parts.trainable, optimizer, key, reference, jax.eval_shape(hooks.start, parts.trainable)
-        )
+        shapes = state.abstract(parts.trainable, optimizer, key, reference, jax.eval_shape(method, parts.trainable))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         places = state.shardings(shapes, parts.shardings, whole)
-    first_state = state.create(
-        parts.trainable, optimizer, key, reference, method_state=hooks.start(parts.trainable), shardings=places
-    )
-    return optimizer, first_state, places
+    own = method(parts.trainable)
+    return state.create(parts.trainable, optimizer, key, reference, method_state=own, shardings=places), places
 
 
 def virtual(config: RunConfig) -> dict[str, int]:

@@ -45,11 +45,12 @@ def _changes(console: Console, folder: Path) -> None:
     for name in SHOWN:
         if f"eval_{name}" in last:
             both = [first, last] if len(rows) > 1 else [last]
-            table.add_row(name.replace("_", " "), *(_number(name, row.get(f"eval_{name}")) for row in both))
+            table.add_row(name.replace("_", " "), *(number(name, row.get(f"eval_{name}")) for row in both))
     console.print(table)
 
 
-def _number(name: str, value: float | None) -> str:
+def number(name: str, value: float | None) -> str:
+    """A metric as it is shown."""
     if value is None:
         return ""
     return f"{value:.1%}" if name in ("exact_match", "mean_token_accuracy") else f"{value:.4g}"

@@ -17,6 +17,7 @@ from jaxft import config as config_
 from jaxft import model as model_
 from jaxft import recipes, run_dir
 from jaxft.border.errors import ConfigError
+from jaxft.cli import members
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.model import Model
@@ -73,6 +74,9 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
     if (folder / WHOLE / "config.json").is_file():
         made = ["model.revision=null", "model.init=pretrained", f"model.path={folder / WHOLE}"]
         return Target(config_.load(folder / run_dir.CONFIG, [*made, *overrides]), None)
+    if (folder / members.FOLDER).is_dir():
+        every = "\n".join(f"  {member}" for member in sorted((folder / members.FOLDER).iterdir()))
+        raise ConfigError(f"{folder}: a sweep of several runs; say which of them:\n{every}")
     raise ConfigError(
         f"{folder}: the run has no result yet ({ADAPTER}/ or {WHOLE}/); let it end: "
         f"jaxft train {folder / run_dir.CONFIG} --resume"

@@ -62,10 +62,14 @@ def split(members: Sequence[Params], trained: Collection[str] = ()) -> tuple[Par
     leaves, structure = jax.tree_util.tree_flatten_with_path(members[0])
     columns = zip(*map(jax.tree.leaves, members), strict=True)
     each, common, differs = [], [], []
+    stacks: dict[tuple[int, ...], jax.Array] = {}  # what several weights share is stacked once
     for (path, _), column in zip(leaves, columns, strict=True):
         differs.append(tree.join(path) in trained or any(a is not column[0] for a in column))
-        each.append(jnp.stack(column) if differs[-1] else None)
         common.append(None if differs[-1] else column[0])
+        same = tuple(map(id, column))
+        if differs[-1] and same not in stacks:
+            stacks[same] = jnp.stack(column)
+        each.append(stacks[same] if differs[-1] else None)
     return structure.unflatten(each), structure.unflatten(common), structure.unflatten(differs)
 
 

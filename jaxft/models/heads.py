@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.core import tree, verbs
+from jaxft.core.many import Many
 from jaxft.models.config import ModelConfig
 
 LOGIT_ELEMENTS = 2**28  # largest chunk of logits, in elements
@@ -53,13 +54,13 @@ def token_scores(
     ``labels`` int32[B, T] is the token each state should predict (any id where it does not matter). logp: log p(label);
     entropy: nats; correct: 1 where the label is the most likely token; sum_p2: sum over the vocabulary of p squared.
     Only logp carries a gradient. Under a ``mesh`` the head is gathered once and its gradient reduced once, not for
-    each chunk. Raises ValueError for another need."""
+    each chunk (but for a head that differs by row, which must see all of them). Raises ValueError for another need."""
     unknown = [n for n in needs if n not in NEEDS]
     if unknown:
         raise ValueError(f"needs: got {unknown}; expected names among {NEEDS}")
     run = functools.partial(_token_scores, config, tuple(needs))
     shards = 1 if mesh is None else math.prod(mesh.shape[a] for a in ROWS)
-    if mesh is None or shards == 1 or labels_BT.shape[0] % shards:
+    if mesh is None or shards == 1 or labels_BT.shape[0] % shards or isinstance(head, Many):
         return run(head, x_BTD, labels_BT)
     return _sharded(config, run, head, x_BTD, labels_BT, mesh)
 

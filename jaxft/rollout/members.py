@@ -58,7 +58,8 @@ def make_score(
 def dropout(params: tree.Params, key: jax.Array) -> tree.Params:
     """The dropout keys of one member, and ``None`` for all else."""
     keyed = tree.dropout_keys(params, score_.dropout_key(key))
-    return jax.tree.map(lambda old, new: new if old is None else None, params, keyed, is_leaf=lambda a: a is None)
+    is_leaf = lambda a: a is None or tree.is_split(a)  # noqa: E731
+    return jax.tree.map(lambda old, new: new if old is None else None, params, keyed, is_leaf=is_leaf)
 
 
 def folded(a: jax.Array, shards: int) -> jax.Array:

@@ -41,14 +41,16 @@ def replies(
     end: Sequence[int],
     *,
     execution: Execution = decoder.DEFAULT,
+    adapters: Sequence[int] | None = None,
 ) -> list[Reply]:
-    """One reply a prompt, in order. ``end``: token ids that end a reply (see `ends`)."""
+    """One reply a prompt, in order. ``end``: token ids that end a reply (see `ends`); for ``adapters`` see
+    `generate.generate`."""
     if not prompts:
         return []
     rows = [prompt.tokens for prompt in prompts]
     tasks = [prompt.task for prompt in prompts]
     made = generate.generate(
-        config, params, rows, settings, end, execution=execution, tasks=tasks if any(tasks) else None
+        config, params, rows, settings, end, execution=execution, adapters=adapters, tasks=tasks if any(tasks) else None
     )
     return [
         Reply(prompt, spoken(tokenizer, completion.tokens, end), completion.finished)

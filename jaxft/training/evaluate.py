@@ -29,12 +29,22 @@ def held_out(
     config: EvalConfig,
     accumulate: int = 1,
 ) -> Evaluator:
-    """Evaluates on ``batches()``, made anew each time: ``loss``, the objective's metrics, and ``perplexity``.
+    """Evaluates on ``batches()``, made anew each time: ``loss``, the objective's metrics, and ``perplexity``."""
+    measured = measure(eval_step, frozen, batches, place, config, accumulate)
+    return lambda step, state: summary(measured(state))
 
-    Means are over all tokens of all batches, whatever the batches' sizes."""
 
-    def evaluate(step: int, state: TrainState) -> dict[str, float]:
-        del step
+def measure(
+    eval_step: Callable[[tree.Params, Any, tree.Params, Batch], Means],
+    frozen: tree.Params,
+    batches: Callable[[], Iterable[Host]],
+    place: Place,
+    config: EvalConfig,
+    accumulate: int = 1,
+) -> Callable[[TrainState], dict[str, Any]]:
+    """``state -> means`` on the host, over all tokens of all batches, whatever the batches' sizes."""
+
+    def means(state: TrainState) -> dict[str, Any]:
         sums: Means | None = None
         for host in itertools.islice(batches(), config.batches):
             batch = place(prefetch.split(host, accumulate))
@@ -42,9 +52,9 @@ def held_out(
             sums = more if sums is None else terms.add(sums, more)
         if sums is None:
             raise ValueError("eval: there are no held-out batches; leave evaluation out or give data for it")
-        return summary(jax.device_get(terms.values(sums)))
+        return jax.device_get(terms.values(sums))
 
-    return evaluate
+    return means
 
 
 def summary(values: Mapping[str, Any]) -> dict[str, float]:
@@ -65,6 +75,12 @@ class Best(NamedTuple):
     value: float | None = None
     step: int | None = None
     waited: int = 0
+
+
+def cost(config: EvalConfig, metrics: Mapping[str, float]) -> float:
+    """What is to be as low as possible, whichever way ``eval.metric`` is better; infinite if it is not finite."""
+    value = metrics[config.metric]
+    return (value if config.goal == "min" else -value) if math.isfinite(value) else math.inf
 
 
 def judge(config: EvalConfig, best: Best, step: int, metrics: Mapping[str, float]) -> tuple[Best, bool]:

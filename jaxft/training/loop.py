@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from jaxft.training.config import EvalConfig, LogConfig, TrainConfig
 from jaxft.training.evaluate import Best, Evaluator
 from jaxft.training.finite import NonFiniteError
 from jaxft.training.prefetch import Item, Loader, Place
-from jaxft.training.state import TrainState
+from jaxft.training.state import TrainState, steps_taken
 
 CHECKPOINTS = "checkpoints"
 
@@ -92,6 +92,13 @@ class _Run:
     request: interrupt.Request
     evaluators: Sequence[Evaluator]
     averaged: Callable[[Any, tree.Params], tree.Params]
+    read: Callable[[int, Mapping[str, Any]], dict[str, float]]
+
+
+def numbers(step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers to log of what a step returned."""
+    del step
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def total_steps(train: TrainConfig, epoch_steps: int | None) -> int:
@@ -121,6 +128,7 @@ def fit(
     averaged: Callable[[Any, tree.Params], tree.Params] = lambda opt_state, params: params,
     epoch_steps: int | None = None,
     flops_per_token: float | None = None,
+    read: Callable[[int, Mapping[str, Any]], dict[str, float]] = numbers,
 ) -> Result:
     """Trains until ``steps``, going on from the newest checkpoint in ``folder`` if there is one.
 
@@ -134,6 +142,7 @@ def fit(
       averaged: `Optimizer.averaged`: the parameters to evaluate.
       epoch_steps: steps in one pass over the data, for ``epoch`` in the metrics and the default of ``eval.every``.
       flops_per_token: of the model, forward and backward, for MFU.
+      read: ``(step, what it returned, on the host) -> numbers to log``; called once for each step.
 
     Raises NonFiniteError after ``train.max_nonfinite`` skipped steps in a row; the last good state is saved.
     """
@@ -142,7 +151,7 @@ def fit(
         stack.enter_context(manager)
         resumed = manager.latest_step() is not None
         state, counts = _resume(manager, state, loader, record) if resumed else (state, _Counts())
-        start = int(state.step)
+        start = steps_taken(state)
         first = jax.process_index() == 0
         sink = sinks.open_all(settings.log, folder, start if resumed else None, record.config) if first else sinks.NONE
         stack.callback(sink.close)
@@ -150,7 +159,7 @@ def fit(
         run = _Run(
             settings, steps, epoch_steps, record, manager, sink, bar, metrics.Meter(flops_per_token),
             finite.Watch(settings.train.max_nonfinite, counts.streak), counts,
-            stack.enter_context(interrupt.listen()), evaluators, jax.jit(averaged),
+            stack.enter_context(interrupt.listen()), evaluators, jax.jit(averaged), read,
         )  # fmt: skip
         if resumed:
             bar.say(f"resuming after step {start}")
@@ -169,7 +178,7 @@ def _resume(
 
 def _train(run: _Run, step: Callable, state: TrainState, frozen: tree.Params, loader: Loader, place: Place) -> Result:
     """Steps until something ends the run."""
-    train, number, cursor, pending, reason = run.settings.train, int(state.step), loader.state(), None, None
+    train, number, cursor, pending, reason = run.settings.train, steps_taken(state), loader.state(), None, None
     items = prefetch.ahead(loader, train.accumulate, place, train.prefetch)
     while reason is None:
         item = next(items, None) if number < run.steps else None
@@ -197,7 +206,7 @@ def _log(run: _Run, pending: _Pending | None, state: TrainState, cursor: Any) ->
     if pending is None:
         return
     number, device_metrics, item = pending
-    values = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+    values = run.read(number, jax.device_get(device_metrics))
     counts, tokens = run.counts, int(values.pop("tokens"))
     stop = run.watch.see(number, values, item.host, item.cursor)
     if values["skipped"]:
@@ -213,8 +222,8 @@ def _log(run: _Run, pending: _Pending | None, state: TrainState, cursor: Any) ->
         run.sink.write(number, values)
     run.bar.update(number, values)
     if stop:
-        _save(run, int(state.step), state, cursor)
-        raise NonFiniteError(run.watch.diagnosis(f"They are saved in {run.manager.directory}/{int(state.step)}."))
+        _save(run, steps_taken(state), state, cursor)
+        raise NonFiniteError(run.watch.diagnosis(f"They are saved in {run.manager.directory}/{steps_taken(state)}."))
 
 
 def _is_due(run: _Run, number: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxft.core import tree
 from jaxft.training.optim import Optimizer
@@ -61,6 +62,11 @@ def create(
         )
 
     return jax.jit(init, out_shardings=shardings)(trainable, key, dict(carry or {}), method_state)
+
+
+def steps_taken(state: TrainState) -> int:
+    """The number of steps behind a state; the same for all members of a sweep."""
+    return int(np.max(jax.device_get(state.step)))
 
 
 def abstract(

@@ -47,8 +47,10 @@ def run_alone(method, lr, seed, batches, optimizer=OptimConfig(), **score_settin
     params, mask, _ = peft.adapt_for_training(model, jax.random.key(seed), [method])
     trainable, frozen = tree.partition(params, mask)
     made = optim.make(dataclasses.replace(optimizer, lr=lr), trainable, 10)
-    run = step.make_step(ROW, SFT(), score.make_score(config, NEEDS, dtype=jnp.float32, **score_settings), made)
-    now = state.create(trainable, made, jax.random.key(seed))
+    hooks = peft.hooks([method], params, 10)
+    scored = score.make_score(config, NEEDS, dtype=jnp.float32, **score_settings)
+    run = step.make_step(ROW, SFT(), scored, made, hooks=hooks)
+    now = state.create(trainable, made, jax.random.key(seed), method_state=hooks.start(trainable))
     losses = []
     for batch in batches:
         now, metrics = run(now, frozen, batch)
@@ -56,26 +58,37 @@ def run_alone(method, lr, seed, batches, optimizer=OptimConfig(), **score_settin
     return losses, now.trainable
 
 
-def run_together(methods, lrs, seeds, batches, optimizer=OptimConfig(), own_order=False, **score_settings):  # noqa: B008
-    """(metrics of each step, trained arrays), [members, ...] each, and the compiled step with its arguments."""
+def build(methods, lrs, seeds, optimizer=OptimConfig(), own_order=False, **score_settings):  # noqa: B008
+    """(step, state, frozen) of all members."""
     config, model = base()
     adapted = [peft.adapt_for_training(model, jax.random.key(s), [m]) for m, s in zip(methods, seeds, strict=True)]
     trainable, frozen, differs = align.together([params for params, _, _ in adapted], adapted[0][1])
+    if score_settings.get("execution", Execution()).unroll:  # as the command line holds the layers then
+        constants, common = tree.partition(frozen, differs)
+        frozen = tree.combine(constants, tree.split_layers(common))
     made = sweep.make_optimizer(optimizer, sweep.member(trainable, 0), lrs, 10)
     scored = members.make_score(config, NEEDS, differs, dtype=jnp.float32, **score_settings)
-    run = sweep.make_step(ROW, SFT(), scored, made, len(seeds), own_order)
-    now = state.create(trainable, made, jnp.stack([jax.random.key(s) for s in seeds]))
-    arguments = jax.eval_shape(lambda: (now, frozen, batches[0]))
+    hooks = peft.hooks(methods[:1], adapted[0][0], 10)
+    run = sweep.make_step(ROW, SFT(), scored, made, len(seeds), own_order, hooks=hooks)
+    keys, own = jnp.stack([jax.random.key(s) for s in seeds]), jax.vmap(hooks.start)(trainable)
+    return run, state.create(trainable, made, keys, method_state=own), frozen
+
+
+def run_together(methods, lrs, seeds, batches, *more, **settings):
+    """(metrics of each step, trained arrays), [members, ...] each."""
+    run, now, frozen = build(methods, lrs, seeds, *more, **settings)
     rows = []
     for batch in batches:
         now, metrics = run(now, frozen, batch)
         rows.append(metrics)
-    return rows, now.trainable, (run, arguments)
+    return rows, now.trainable
 
 
 def agree(rows, trained, alone, rtol=1e-5, atol=1e-6):
-    """Every member's metrics and arrays are those of its own run; what is beyond its rank has stayed zero."""
-    for i, (losses, arrays) in enumerate(alone):
+    """A member's metrics and arrays are those of its own run; what is beyond its rank has stayed zero.
+
+    ``alone``: of some members, by number."""
+    for i, (losses, arrays) in alone.items():
         for got, want in zip(rows, losses, strict=True):
             for name in want.keys() - {"tokens"}:
                 np.testing.assert_allclose(got[name][i], want[name], rtol=rtol, atol=atol, err_msg=f"{i} {name}")
@@ -92,9 +105,9 @@ def test_ranks_rates_seeds_and_dropout():
     """LoRA of ranks 2 and 4 with their own alphas, rates, seeds, dropout masks and noise."""
     methods = [peft.LoRA(rank=r, alpha=a, dropout=0.3) for r, a in ((2, None), (4, 3.0), (2, 16.0))]
     lrs, seeds, how = (0.01, 0.003, 0.02), (0, 1, 2), {"neftune_alpha": 5.0}
-    rows, trained, _ = run_together(methods, lrs, seeds, BATCHES, **how)
-    alone = [run_alone(m, lr, s, BATCHES, **how) for m, lr, s in zip(methods, lrs, seeds, strict=True)]
-    assert alone[0][0][0]["loss"] != alone[1][0][0]["loss"]  # noise and dropout are each member's own
+    rows, trained = run_together(methods, lrs, seeds, BATCHES, **how)
+    alone = {i: run_alone(methods[i], lrs[i], seeds[i], BATCHES, **how) for i in (0, 1)}
+    assert len(set(rows[0]["loss"].tolist())) == 3  # noise and dropout are each member's own
     agree(rows, trained, alone)
 
 
@@ -106,22 +119,34 @@ def test_own_order_of_the_data_with_muon_unrolled():
     orders = [[tiny.batch(10 * m + i, rows=2) for i in range(2)] for m in range(2)]
     loader = sweep.Orders([iter(order) for order in orders])
     mixed = [next(loader) for _ in range(2)]
-    rows, trained, _ = run_together(
+    rows, trained = run_together(
         methods, lrs, seeds, [tiny.micro(b, 1) for b in mixed], optimizer, own_order=True, **how
     )
-    alone = [
-        run_alone(*m, [tiny.micro(b, 1) for b in order], optimizer, **how)
-        for *m, order in zip(methods, lrs, seeds, orders, strict=True)
-    ]
-    agree(rows, trained, alone)
+    mine = [tiny.micro(b, 1) for b in orders[1]]
+    agree(rows, trained, {1: run_alone(methods[1], lrs[1], seeds[1], mine, optimizer, **how)})
 
 
 @pytest.mark.parametrize("select", ["full", r"norm(/|$)|bias$"])
 def test_parts_of_the_model_itself(select):
     """Embeddings, a tied head, norms, biases and matrices trained in place: each member its own."""
     method, lrs = peft.Full(select), (0.01, 0.001)
-    rows, trained, _ = run_together([method] * 2, lrs, (0, 0), BATCHES[:2])
-    agree(rows, trained, [run_alone(method, lr, 0, BATCHES[:2]) for lr in lrs], rtol=2e-5)
+    rows, trained = run_together([method] * 2, lrs, (0, 0), BATCHES[:2])
+    agree(rows, trained, {1: run_alone(method, lrs[1], 0, BATCHES[:2])}, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        peft.AdaLoRA(rank=1, init_rank=3, initial_steps=1, final_steps=1, every=1, targets=("q_proj", "down_proj")),
+        peft.VeRA(rank=3, targets=("v_proj", "up_proj")),
+    ],
+    ids=["adalora", "vera"],
+)
+def test_methods_with_a_state_or_arrays_of_their_own(method):
+    """Pruned in each step, or on random matrices that all layers share: each member by itself, with its own seed."""
+    lrs, seeds = (0.05, 0.01), (0, 1)
+    rows, trained = run_together([method] * 2, lrs, seeds, BATCHES)
+    agree(rows, trained, {1: run_alone(method, lrs[1], seeds[1], BATCHES)}, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
@@ -151,7 +176,7 @@ def test_every_optimiser_treats_each_layer_of_each_member_alone(name, key):
 def test_a_member_that_diverges_stops_nobody():
     """Its steps are skipped, and only its."""
     methods = [peft.LoRA(rank=4, alpha=alpha, init="a_zero") for alpha in (8.0, 3e38, 4.0)]
-    rows, trained, _ = run_together(methods, (0.01, 0.01, 0.02), (0, 0, 0), BATCHES[:2])
+    rows, trained = run_together(methods, (0.01, 0.01, 0.02), (0, 0, 0), BATCHES[:2])
     assert [r["skipped"].tolist() for r in rows] == [[0, 1, 0]] * 2
     assert not np.isfinite(rows[0]["loss"][1]) or not np.isfinite(rows[0]["grad_norm"][1])
     moved = jax.tree.leaves(jax.tree.map(lambda a: jnp.abs(a).max(range(1, a.ndim)), trained["layers"]["attn"]["o"].a))
@@ -163,8 +188,8 @@ def test_the_base_is_there_once_and_multiplied_once(unroll):
     """No array holds a matrix of the base for each member, and each base matrix is in as many products as alone."""
     count = 5
     how = {"execution": Execution(remat="full", unroll=unroll)}
-    _, _, (run, arguments) = run_together([peft.LoRA(rank=2)] * count, [0.01] * count, range(count), BATCHES[:1], **how)
-    jaxpr = jax.make_jaxpr(run)(*arguments)
+    run, now, frozen = build([peft.LoRA(rank=2)] * count, [0.01] * count, range(count), **how)
+    jaxpr = jax.make_jaxpr(run)(now, frozen, BATCHES[0])
     shapes = [v.aval.shape for eqn in equations(jaxpr) for v in eqn.outvars if hasattr(v.aval, "shape")]
     for matrix in ((32, 32), (32, 48), (48, 32), (64, 32)):
         assert not [s for s in shapes if s[-2:] == matrix and count in s[:-2]], matrix
@@ -182,3 +207,18 @@ def test_refusals():
     copied = jax.tree.map(jnp.copy, adapted[0])
     with pytest.raises(ValueError, match="bases are different arrays"):
         align.together([adapted[0], copied], mask)
+
+
+def test_on_a_mesh_members_are_what_they_are_on_one_device():
+    """Also with an adapted head, which differs by row."""
+    method = peft.LoRA(rank=2, targets=("q_proj", "down_proj", "lm_head"), dropout=0.2)
+    lrs, seeds, auto = (0.01, 0.02, 0.03), (0, 1, 2), (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=auto)
+    batches = [tiny.micro(tiny.batch(seed, rows=4), 1) for seed in range(2)]
+    want, trained = run_together([method] * 3, lrs, seeds, batches)
+    got, also = run_together([method] * 3, lrs, seeds, batches, execution=Execution(mesh=mesh))
+    for a, b in zip(got, want, strict=True):
+        for name in b:
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, atol=1e-6, err_msg=name)
+    for (path, a), (_, b) in zip(tree.paths(also), tree.paths(trained), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=path)

@@ -1,0 +1,115 @@
+"""What `jaxft train` hands to the training loop, for a run and for a sweep of runs alike."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxft import data
+from jaxft import model as model_
+from jaxft.border import check
+from jaxft.border.errors import ConfigError
+from jaxft.checkpoint import state as disk
+from jaxft.checkpoint.state import Record
+from jaxft.cli import assemble, target
+from jaxft.config import RunConfig
+from jaxft.core import tree
+from jaxft.data import Loader, Prepared
+from jaxft.model import Model
+from jaxft.objectives.terms import Means
+from jaxft.peft import store
+from jaxft.sharding import mesh as mesh_
+from jaxft.training import evaluate, loop
+from jaxft.training.evaluate import Evaluator
+from jaxft.training.loop import Result
+from jaxft.training.optim import Optimizer
+from jaxft.training.state import TrainState
+from jaxft.training.step import Shardings, Step
+
+
+@dataclass(frozen=True)
+class Material:
+    """The data of a run."""
+
+    prepared: Prepared
+    train: Loader
+    held_out: Callable[[], Loader] | None
+    """Starts the held-out batches anew; None: there are none."""
+    steps: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what, and what becomes of it."""
+
+    step: Step
+    state: TrainState
+    frozen: tree.Params
+    record: Record
+    loader: Any
+    optimizer: Optimizer
+    flops: float
+    """Of a token, forward and backward."""
+    evaluators: Callable[[Path], Sequence[Evaluator]]
+    """Given the run's folder, which is claimed last."""
+    finish: Callable[[Result, tree.Params, Path], None]
+    """``(result, trained arrays, folder)``: writes what came out of it and tells about it."""
+    read: Callable[[int, Mapping[str, Any]], dict[str, float]] = loop.numbers
+    """See `loop.fit`."""
+
+
+def record(config: RunConfig, frozen: tree.Params) -> Record:
+    """What a checkpoint must tell of this run."""
+    return Record(check.plain(config), disk.identity(frozen))
+
+
+def material(config: RunConfig, base: Model) -> Material:
+    """Reads and tokenises the data."""
+    prepared = data.prepare(config.data, base.tokenizer)
+    train, held_out = assemble.loaders(config, prepared)
+    return Material(prepared, train, held_out, loop.total_steps(config.train, train.batches_per_epoch))
+
+
+def handed_over(base: Model, frozen: tree.Params, unroll: bool) -> tuple[Model, tree.Params]:
+    """The frozen arrays as the step wants them, and the model without any of its own: they exist once."""
+    frozen = tree.split_layers(frozen, donate=True) if unroll else frozen
+    return dataclasses.replace(base, params=None), frozen
+
+
+def shardings(places: TrainState | None, frozen: tree.Params, mesh: Mesh | None) -> Shardings | None:
+    """Where the step's arguments live; None on a single device."""
+    if places is None or mesh is None:
+        return None
+    return Shardings(places, jax.tree.map(lambda a: a.sharding, frozen), mesh_.batch_sharding(mesh))
+
+
+def refuse_metric(config: RunConfig, sums: Means) -> None:
+    """Raises ConfigError for an `eval.metric` that this run will not evaluate: before the first step, not after it."""
+    names = {*evaluate.summary(dict.fromkeys(sums, 0.0)), *(["exact_match"] if config.eval.exact_match else [])}
+    if config.eval.metric not in names:
+        raise ConfigError(f"`eval.metric`: got {config.eval.metric!r}; this run evaluates {', '.join(sorted(names))}")
+
+
+def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str], dtype: str, folder: Path) -> Path:
+    """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced."""
+    if tree.adapters(params):
+        out = folder / target.ADAPTER
+        store.save(
+            params,
+            base.names,
+            base.config.num_layers,
+            out,
+            methods=[choice.value for choice in config.peft],
+            changed=changed,
+            base_model_name_or_path=base.source if config.model.init == "pretrained" else None,
+            overwrite=out.exists(),
+        )
+        base.tokenizer.save_pretrained(out)
+        return out
+    out = folder / target.WHOLE
+    model_.save_hf(base, params, out, dtype=dtype, overwrite=out.exists())
+    return out
