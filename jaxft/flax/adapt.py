@@ -18,6 +18,7 @@ from jaxft.flax import trace
 from jaxft.flax.held import Seen, held
 from jaxft.flax.kernel import KeptBias, Kernel, Layout
 from jaxft.peft import targets
+from jaxft.peft.bitfit import BitFit
 from jaxft.peft.sites import Site, Targeted
 
 OWN_NAMES = ("kernel", "embedding")  # of parameters that are called by the name of their module
@@ -112,8 +113,11 @@ def adapt(params: dict[str, Any], seen: Seen, key: jax.Array, methods: Any) -> d
 
 
 def _refuse(config: Any) -> None:
-    if not isinstance(config, Targeted):
-        raise TypeError(f"got {config!r}; expected a method that wraps weights: any other has no place in a Flax model")
+    if not isinstance(config, Targeted) or isinstance(config, BitFit):
+        raise TypeError(
+            f"got {config!r}; expected a method that wraps weights: any other has no place in a Flax model. Arrays of "
+            "the model itself are trained in place: jaxft.trainable_mask(params, select='bitfit' or any regex)"
+        )
     if peft.method_of(config).hooks is not peft.Method.hooks:
         raise TypeError(
             f"got {type(config).__name__}, which changes its parameters in every training step; expected a method that "

@@ -146,7 +146,8 @@ def ids() -> jax.Array:
 
 def methods_that_wrap() -> list[str]:
     """Rows of `METHODS` for any Flax model: those that wrap weights and need no hook in the training loop."""
-    return [n for n, row in METHODS.items() if issubclass(row.config, Targeted) and row.hooks is Method.hooks]
+    rows = [n for n, row in METHODS.items() if issubclass(row.config, Targeted) and row.hooks is Method.hooks]
+    return [n for n in rows if n != "bitfit"]  # which trains the model's own
 
 
 LAYERS = {f"layers/attention/{name}/kernel": (3, 8, 2) for name in ("query", "key", "value", "out")}

@@ -308,6 +308,8 @@ def test_refusals():
         adapt(layers=(0,))
     with pytest.raises(TypeError, match="wraps weights"):
         linen.adapt(model, variables, KEY, jaxft.peft.Full(), x)
+    with pytest.raises(TypeError, match="select='bitfit'"):
+        linen.adapt(model, variables, KEY, METHODS["bitfit"].config(), x)
     with pytest.raises(TypeError, match="AdaLoRA, which changes its parameters in every training step"):
         linen.adapt(model, variables, KEY, jaxft.peft.AdaLoRA(), x)
     with pytest.raises(ValueError, match="embed is an embedding, which VeRA cannot adapt"):
