@@ -57,7 +57,7 @@ def measure(
     """The inputs of every linear layer that ``config`` adapts, by path.
 
     ``batches`` have tokens int32[B, T] and may have segments, positions, loss_mask; ``forward(params, batch)`` is any
-    function of the model's output. The sums of all layers are held at once, twice: 8 in^2 bytes for each adapted matrix.
+    function of the model's output. The sums of all layers, and a batch's, are held at once: 8 in^2 bytes a matrix.
     Raises ValueError for the head as a target, and where nothing was measured."""
     found = [t for t in sites.find(params, names, config) if t.name.kind != "embedding"]
     if any(t.name.path == places.HEAD for t in found):
