@@ -100,8 +100,8 @@ def _align(path: str, ws: list, trained: Collection[str], own: bool, ranked: boo
     """`align` of what stands at one path. ``own``: it is part of the model, not of an adapter; ``ranked``: of a weight
     that knows what of it is padding."""
     kinds = {type(w) for w in ws if isinstance(w, Weight) and w.adapter}
-    if len(kinds) == 1:
-        (kind,) = kinds
+    kind = next(iter(kinds), None)
+    if len(kinds) == 1 and any(type(w) is not kind for w in ws):
         pattern = off(next(w for w in ws if type(w) is kind))
         ws = [w if type(w) is kind else dataclasses.replace(pattern, base=w) for w in ws]
     parts = [_parts(w) for w in ws]

@@ -6,6 +6,7 @@ is so much larger, and only the adapters are mapped over members. A prompt or pr
 apart by rows, so a model with one is mapped over members as a whole.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -37,7 +38,9 @@ def make_score(
     ``differs``: a tree of booleans, True for the arrays of ``params`` that are [members, ...]. ``batch`` arrays are
     [members, B, T]; ``keys``: one a member. Each member is scored as `score.make_score` scores it alone."""
     shards = 1 if execution.mesh is None else math.prod(execution.mesh.shape[axis] for axis in mesh_.ROWS)
-    alone = score_.make_score(config, needs, dtype=dtype, execution=execution, neftune_alpha=neftune_alpha)
+    # Not every attention kernel can be mapped: cuDNN's cannot where rows are packed.
+    mapped = dataclasses.replace(execution, backend="xla" if execution.backend == "auto" else execution.backend)
+    alone = score_.make_score(config, needs, dtype=dtype, execution=mapped, neftune_alpha=neftune_alpha)
     forward = score_.make_forward(config, needs, dtype=dtype, execution=execution)
 
     def score(view: str, params: tree.Params, batch: Batch, keys: jax.Array | None = None) -> dict[str, jax.Array]:

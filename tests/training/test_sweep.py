@@ -139,8 +139,9 @@ def test_parts_of_the_model_itself(select):
     [
         peft.AdaLoRA(rank=1, init_rank=3, initial_steps=1, final_steps=1, every=1, targets=("q_proj", "down_proj")),
         peft.VeRA(rank=3, targets=("v_proj", "up_proj")),
+        peft.PromptTuning(tokens=2, init="random"),
     ],
-    ids=["adalora", "vera"],
+    ids=["adalora", "vera", "prompt"],
 )
 def test_methods_with_a_state_or_arrays_of_their_own(method):
     """Pruned in each step, or on random matrices that all layers share: each member by itself, with its own seed."""
