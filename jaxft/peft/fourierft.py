@@ -91,6 +91,8 @@ class FourierFTWeight(Weight):
     gate: jax.Array
     seed: int = static(default=777)
 
+    linear: ClassVar[tuple[str, ...]] = ("spectrum",)
+
     def __rmatmul__(self, x):
         rows, columns = self.shape
         out_places, in_places = self.places.value

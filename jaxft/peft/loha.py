@@ -79,6 +79,8 @@ class LoHaWeight(Weight):
     rank: jax.Array
     gate: jax.Array
 
+    linear: ClassVar[tuple[str, ...]] = ("b1",)
+
     def __rmatmul__(self, x):
         scale = self.gate * self.alpha / jnp.maximum(self.rank, 1).astype(self.alpha.dtype)
         low = products.remade(x, products.by_rows, self.a1, self.a2)

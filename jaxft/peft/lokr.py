@@ -96,6 +96,8 @@ class LoKrWeight(Weight):
     decompose_both: bool = static(default=False)
     decompose_factor: int = static(default=-1)
 
+    linear: ClassVar[tuple[str, ...]] = ("alpha",)
+
     def __rmatmul__(self, x):
         (m, n), _ = (split(size, self.decompose_factor) for size in self.shape)
         parts = {AXES[name]: array.astype(x.dtype) for name, array in factors(self).items()}

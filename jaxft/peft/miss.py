@@ -13,7 +13,7 @@ dense Delta W, which are made again in the backward pass instead of kept.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,8 @@ class MiSSWeight(Weight):
     key: jax.Array | None = None
     rate: float = static(default=0.0)
     variant: Variant = static(default="balance")
+
+    linear: ClassVar[tuple[str, ...]] = ("block",)
 
     @property
     def shard(self) -> int:

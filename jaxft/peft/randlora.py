@@ -16,7 +16,7 @@ and B once more for every module; here they are written once, which peft loads, 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,8 @@ class RandLoraWeight(Weight):
     gate: jax.Array
     key: jax.Array | None = None
     rate: float = static(default=0.0)
+
+    linear: ClassVar[tuple[str, ...]] = ("lambdas",)
 
     def __rmatmul__(self, x):
         (rows, columns), (rank, count) = self.shape, self.lambdas.shape

@@ -15,7 +15,7 @@ bfloat16 base a small entry is not lost in rounding.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,8 @@ class SHiRAWeight(Weight):
     at_in: jax.Array
     at_out: jax.Array
     gate: jax.Array
+
+    linear: ClassVar[tuple[str, ...]] = ("values",)
 
     def __rmatmul__(self, x):
         empty = jnp.zeros(self.shape[::-1], x.dtype)

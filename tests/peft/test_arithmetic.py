@@ -14,7 +14,20 @@ import torch
 from jaxft import peft as jaxft_peft
 from jaxft.core import tree
 from jaxft.core.weight import InPlace
-from jaxft.peft import IA3, AdaLoRA, DoRA, Houlsby, LoRA, LoRAFA, LoRAWeight, VeRA, merging
+from jaxft.peft import (
+    IA3,
+    AdaLoRA,
+    DoRA,
+    FourierFT,
+    Houlsby,
+    LoRA,
+    LoRAFA,
+    LoRAWeight,
+    MiSS,
+    SHiRA,
+    VeRA,
+    merging,
+)  # fmt: skip
 from tests.peft import pairs
 
 EQUAL = {  # of one rank, with targets in common and not; peft's own cannot be of different layers
@@ -183,20 +196,40 @@ def test_embeddings_and_heads_of_a_tied_model():
         jaxft_peft.combine([follows, both[1]])
 
 
-def test_vera_has_a_sum_where_only_b_differs():
-    config = VeRA(rank=4, targets=("q_proj",))
-    first = jaxft_peft.adapt(pairs.model("llama"), jax.random.key(0), config)
+LINEAR = {
+    "vera": VeRA(rank=4, targets=("q_proj",)),
+    "shira": SHiRA(rank=2, targets=("q_proj",), layers=(0, 2)),
+    "fourierft": FourierFT(frequencies=20, targets=("q_proj",)),
+    "miss": MiSS(rank=8, targets=("q_proj", "up_proj")),
+    "miss bat": MiSS(rank=8, variant="bat", targets=("q_proj",)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_sum_in_the_fields_that_a_method_is_linear_in(name):
+    first = jaxft_peft.adapt(pairs.model("llama"), jax.random.key(0), LINEAR[name])
     adapters = []
     for seed in (1, 2):
-        w = first["layers"]["attn"]["q"]
-        b = jax.random.normal(jax.random.key(seed), w.b.shape)
-        adapters.append(tree.replace(first, "layers/attn/q", dataclasses.replace(w, b=b)))
+
+        def moved(path, w, seed=seed):
+            key = jax.random.fold_in(jax.random.key(seed), len(path))
+            return dataclasses.replace(w, **{n: jax.random.normal(key, getattr(w, n).shape) for n in w.linear})
+
+        adapters.append(tree.map_weights(lambda p, w: moved(p, w) if tree.is_weight(w) else w, first))
     made = jaxft_peft.combine(adapters, (3.0, -1.0))
-    chex.assert_trees_all_close(tree.merge(made), summed(adapters, (3.0, -1.0), "llama"), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="layers/attn/q: the VeRAWeight differ in d"):
-        jaxft_peft.combine([adapted(config, 1), adapted(config, 2)])
+    assert {type(w) for w in tree.adapters(made)} == {type(w) for w in tree.adapters(first)}
+    chex.assert_trees_all_close(tree.merge(made), summed(adapters, (3.0, -1.0), "llama"), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="expected LoRA, of which svd is made"):
         jaxft_peft.combine(adapters, how="svd")
+
+
+def test_what_differs_elsewhere_has_no_sum():
+    config = LINEAR["vera"]
+    with pytest.raises(ValueError, match="layers/attn/q: the VeRAWeight differ in d"):
+        jaxft_peft.combine([adapted(config, 1), adapted(config, 2)])
+    shira = [jaxft_peft.adapt(pairs.model("llama"), jax.random.key(seed), LINEAR["shira"]) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="the SHiRAWeight differ in at_in"):
+        jaxft_peft.combine(shira)
 
 
 def test_multiples():
