@@ -44,6 +44,8 @@ from jaxft.peft import (
     shira,
     sites,
     slots,
+    tokens_hf,
+    trainable_tokens,
     vera,
 )
 from jaxft.peft.adalora import AdaLoRA
@@ -79,6 +81,7 @@ from jaxft.peft.shira import SHiRA
 from jaxft.peft.sites import Site, Targeted
 from jaxft.peft.slot_formats import SlotFormat
 from jaxft.peft.slots import Slotted
+from jaxft.peft.trainable_tokens import TrainableTokens
 from jaxft.peft.vera import VeRA
 
 
@@ -91,6 +94,8 @@ class Method:
     """Default peak learning rate with AdamW."""
     adapt: Callable[..., tree.Params] = sites.adapt
     """(params, names, key, config) -> params; by default ``config.wrap`` at every weight that the config selects."""
+    settle: Callable[[Any, Any], Any] = lambda config, model: config
+    """(config, model) -> the config with what it leaves to the model (its tokenizer, its new tokens) filled in."""
     select: Callable[[Any], str | None] = lambda config: None
     """The pattern of plain arrays that train besides the method's own fields."""
     groups: Callable[[Any], dict[str, float]] = lambda config: {}
@@ -120,6 +125,13 @@ METHODS: dict[str, Method] = {
     "bitfit": Method(bitfit.BitFit, lr=1e-3, adapt=bitfit.adapt, hf=bitfit.FORMAT),
     "norms": Method(norms.Norms, lr=1e-3, adapt=norms.adapt, hf=norms.FORMAT),
     "last_layers": Method(last_layers.LastLayers, lr=2e-5, adapt=last_layers.adapt),
+    "trainable_tokens": Method(
+        TrainableTokens,
+        lr=1e-3,
+        adapt=trainable_tokens.adapt,
+        settle=trainable_tokens.settle,
+        hf=tokens_hf.FORMAT,
+    ),
     "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, hf=ia3.FORMAT),
     "prompt_tuning": Method(prompt_tuning.PromptTuning, lr=1e-2, hf=prompt_tuning.FORMAT),
     "multitask_prompt_tuning": Method(
@@ -184,6 +196,7 @@ def adapt_for_training(
     params, rates = model.params, dict[int, float]()
     for i, config in enumerate(methods):
         row, mine = method_of(config), jax.random.fold_in(key, i)
+        config = row.settle(config, model)
         if isinstance(config, Slotted):
             params = slots.put(params, config.slot, config.make(model, params, mine))
         else:
@@ -257,6 +270,7 @@ __all__ = [
     "SlotFormat",
     "Slotted",
     "Targeted",
+    "TrainableTokens",
     "VeRA",
     "adapt",
     "calibrate",

@@ -86,6 +86,8 @@ class Alone:
     refuse: Callable[[object, Fields], None] = lambda where, config: None
     claims: Callable[[Fields], bool] = lambda config: True
     biases: bool = False
+    saves: bool = True
+    """Whether peft can train other modules whole beside it."""
 
 
 def export(

@@ -14,10 +14,11 @@ import jax
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import InPlace, Slot, Weight
-from jaxft.peft import METHODS, disk, formats, places, slot_formats, targets, whole_hf
+from jaxft.peft import METHODS, disk, formats, places, slot_formats, targets, tokens_hf, whole_hf
 from jaxft.peft.disk import AdapterError, Tensors
 from jaxft.peft.formats import Alone, Fields, Format
 from jaxft.peft.slot_formats import SlotFormat
+from jaxft.peft.trainable_tokens import TokensWeight
 
 Stored = Format | SlotFormat | Alone
 # fields of any method's config that are read here, or say nothing about the maths
@@ -61,13 +62,16 @@ def export(
     for fields, more, these in (
         whole_hf.export(params, names, num_layers, written),
         whole_hf.export_biases(where, params, names, num_layers, found),
+        tokens_hf.export_beside(params, names) if tokens_hf.INDICES in form.fields else ({}, {}, []),
     ):
         config |= fields
         tensors |= more
         written += these
     if not form.biases and "bias" in config:
         raise AdapterError(where, "trained biases", f"none: peft's {form.peft_type} has no such setting")
-    config |= {"ensure_weight_tying": True} if places.follows(params, names) else {}
+    if isinstance(form, Alone) and not form.saves and config.pop("modules_to_save"):
+        raise AdapterError(where, "modules trained whole", f"none: peft's {form.peft_type} has no such setting")
+    config |= {"ensure_weight_tying": True} if places.follows(params, names) and not _tokens(params, names) else {}
     _refuse_rest(where, params, written)
     return config, tensors, README.format(base="{base}", method=method)
 
@@ -80,10 +84,15 @@ def _refuse_rest(where: object, params: tree.Params, written: list[Any]) -> None
         raise AdapterError(where, f"{', '.join(kinds)} at a place that peft has no word for", "an adapter that it has")
 
 
+def _tokens(params: tree.Params, names: Names) -> bool:
+    """Whether tokens of the embedding train, which a tied head follows in any case."""
+    return any(isinstance(places.get(params, name), TokensWeight) for name in names if name.path == places.TOKENS)
+
+
 def _adapter(params: tree.Params, name: Name) -> Any:
     """The adapter's leaf at one row, if there is one. Raises AdapterError for one adapter on another."""
     w = None if name.kind == "norm" else places.get(params, name)
-    if not isinstance(w, Weight) or not w.adapter or isinstance(w, InPlace):
+    if not isinstance(w, Weight) or not w.adapter or isinstance(w, InPlace | TokensWeight):
         return None
     if isinstance(w.base, Weight) and w.base.adapter:
         got = f"a {type(w).__name__} on a {type(w.base).__name__}"
@@ -134,6 +143,7 @@ def restore(
         params = form.restore(where, config, tensors, params, names)
     else:
         params = formats.restore(form, where, config, tensors, params, names)
+    params = tokens_hf.restore_beside(where, config, tensors, params, names)
     params = whole_hf.restore(where, config, tensors, params, saved)
     return whole_hf.restore_biases(where, config, tensors, params, names)
 

@@ -134,7 +134,7 @@ FORMAT = Format(
         "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "use_rslora",
         "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights", "lora_bias",
         "loftq_config", "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "corda_config",
-        "lora_ga_config",
+        "lora_ga_config", "trainable_token_indices",
     ),
     config=config_of,
     describe=describe,

@@ -111,7 +111,8 @@ def replace_bases(
     for name in names:
         if name in saved or not (name.kind == "embedding" or name.path == places.HEAD):
             continue
-        for key in (f"{name.module}.base_layer.weight", f"{name.module}.weight"):
+        for infix in ("base_layer.", "", "token_adapter.base_layer."):
+            key = f"{name.module}.{infix}weight"
             array = tensors.pop(key, None)
             if array is not None and not (follows and name.path == places.HEAD):  # peft stores a head that follows too
                 params = _replace_base(where, key, array, params, name)

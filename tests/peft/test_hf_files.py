@@ -152,7 +152,7 @@ WRONG = {
     "dora": ({"use_dora": True}, None, "no tensor .*lora_magnitude_vector"),
     "lora_bias": ({"lora_bias": True}, None, "no tensor .*lora_B.bias"),
     "a field of tomorrow": ({"use_magic": {"n": 1}}, None, "use_magic"),
-    "token indices": ({"trainable_token_indices": [1, 2]}, None, "trainable_token_indices"),
+    "token indices": ({"trainable_token_indices": [1, 2]}, None, "no tensor model.embed_tokens.token_adapter"),
     "replicated layers": ({"layer_replication": [[0, 2], [1, 3]]}, None, "layer_replication"),
     "pissa": ({"init_lora_weights": "pissa"}, None, "path_initial_model_for_weight_conversion"),
     "another method": ({"peft_type": "LOKI"}, None, "peft_type 'LOKI'; expected one of LORA"),
