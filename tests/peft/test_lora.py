@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 import torch
 
@@ -110,6 +111,24 @@ def test_gradients_of_one_step_equal_torch(case, tmp_path, key):
     name, config = GRADIENTS[case]
     params = pairs.adapted(name, config, key)
     gradients.equal_torch(name, params, tmp_path)
+
+
+def test_gradients_of_an_embedding_that_the_head_follows(tmp_path, key):
+    """peft has two parameters on one storage, the embedding's and the head's: ours is their sum."""
+    config = LoRA(rank=4, targets=("embed_tokens",), ensure_weight_tying=True)
+    params = pairs.adapted("llama_tied", config, key)
+    adapter = str(pairs.save("llama_tied", params, tmp_path / "adapter"))
+    made = pairs.quietly(peft.PeftModel.from_pretrained, pairs.torch_model("llama_tied"), adapter, is_trainable=True)
+    batch = torch.as_tensor(pairs.TOKENS).long()
+    made.eval()(batch, labels=batch).loss.backward()
+    embedding, head = made.base_model.model.model.embed_tokens, made.base_model.model.lm_head
+    look_up = (embedding.lora_embedding_A["default"].grad.T, embedding.lora_embedding_B["default"].grad.T)
+    logits = (head.lora_B["default"].weight.grad, head.lora_A["default"].weight.grad)
+    trainable, frozen = tree.partition(params, tree.trainable_mask(params))
+    got = jax.jit(jax.grad(lambda t: gradients.loss("llama_tied", tree.combine(t, frozen))))(trainable)
+    for mine, a, b in zip((got["embed"]["tokens"].a, got["embed"]["tokens"].b), look_up, logits, strict=True):
+        assert a.abs().max() > 0 and b.abs().max() > 0
+        np.testing.assert_allclose(mine, a + b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config, parameters", [
