@@ -167,8 +167,8 @@ def calibration(config: LoRA) -> Calibration | None:
 
 
 def groups(config: LoRA) -> dict[str, float]:
-    """LoRA+: the learning rate of B, and as in peft of anything that is a vector."""
-    return {} if config.lora_plus == 1.0 else {r"^(?!embed/).*(^|/)(b|magnitude)$": config.lora_plus}
+    """LoRA+: the learning rate of B, and as in peft of its bias and of DoRA's lengths."""
+    return {} if config.lora_plus == 1.0 else {r"^(?!embed/).*(^|/)(b|bias|magnitude)(/\d+)?$": config.lora_plus}
 
 
 @weight
