@@ -85,6 +85,7 @@ class LoRA(Targeted):
             "rank": (self.rank >= 1, "at least 1"),
             "dropout": (0.0 <= self.dropout < 1.0, "a share below 1"),
             "init": (self.init in get_args(Init), f"one of {', '.join(get_args(Init))}"),
+            "calibration_batches": (self.calibration_batches >= 1, "at least 1"),
             "lora_plus": (self.lora_plus > 0.0, "a positive ratio"),
         }
         for field, (good, expected) in right.items():
