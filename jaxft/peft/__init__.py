@@ -133,13 +133,13 @@ METHODS: dict[str, Method] = {
         hf=tokens_hf.FORMAT,
     ),
     "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, hf=ia3.FORMAT),
-    "prompt_tuning": Method(prompt_tuning.PromptTuning, lr=1e-2, hf=prompt_tuning.FORMAT),
+    "prompt_tuning": Method(prompt_tuning.PromptTuning, lr=3e-2, hf=prompt_tuning.FORMAT),
     "multitask_prompt_tuning": Method(
-        multitask_prompt_tuning.MultitaskPromptTuning, lr=1e-2, hf=multitask_prompt_tuning.FORMAT
+        multitask_prompt_tuning.MultitaskPromptTuning, lr=3e-2, hf=multitask_prompt_tuning.FORMAT
     ),
-    "p_tuning": Method(p_tuning.PTuning, lr=1e-3, hf=p_tuning.FORMAT),
-    "prefix_tuning": Method(prefix_tuning.PrefixTuning, lr=1e-2, hf=prefix_tuning.FORMAT),
-    "p_tuning_v2": Method(p_tuning_v2.PTuningV2, lr=1e-2, hf=prefix_tuning.FORMAT),
+    "p_tuning": Method(p_tuning.PTuning, lr=3e-3, hf=p_tuning.FORMAT),
+    "prefix_tuning": Method(prefix_tuning.PrefixTuning, lr=3e-2, groups=prefix_tuning.groups, hf=prefix_tuning.FORMAT),
+    "p_tuning_v2": Method(p_tuning_v2.PTuningV2, lr=3e-2, groups=prefix_tuning.groups, hf=prefix_tuning.FORMAT),
     "loha": Method(loha.LoHa, lr=1e-3, hf=loha.FORMAT),
     "lokr": Method(lokr.LoKr, lr=1e-3, hf=lokr.FORMAT),
     "randlora": Method(randlora.RandLora, lr=1e-4, hf=randlora.FORMAT),

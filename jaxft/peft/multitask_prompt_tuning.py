@@ -5,7 +5,7 @@ r"""Multitask prompt tuning: one prompt shared by all tasks, times a low-rank ma
 
 Wang et al. 2023, "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning", eq. 1 (arXiv:2303.02861),
 with peft's rank r (the paper's is 1). It trains n D + tasks (n + D) r parameters. Which task a row belongs to is said
-by its `task_id` column; rows without one are of task 0.
+by the column that `data.task_column` names; without one, all rows are of task 0.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ COLUMNS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"
 
 @dataclass(frozen=True)
 class MultitaskPromptTuning(PromptTuning):
-    """A learnt prompt for each of several tasks, most of it shared. Default learning rate 1e-2."""
+    """A learnt prompt for each of several tasks, most of it shared. Default learning rate 3e-2."""
 
     tasks: int = 1
     """Number of tasks."""
@@ -111,7 +111,7 @@ def _from_source(slot: MultitaskPrompt, config: MultitaskPromptTuning) -> Multit
 def _shapes(config: dict[str, Any], params: tree.Params) -> slot_formats.Shapes:
     n, width = config.get("num_virtual_tokens"), slot_formats.features(params)
     tasks, rank = config.get("num_tasks", 1), config.get("num_ranks", 1)
-    return {ROWS: (n, width), COLUMNS: (tasks, n, rank), TASK_ROWS: (tasks, rank, width)}  # type: ignore[dict-item]
+    return {ROWS: (n, width), COLUMNS: (tasks, n, rank), TASK_ROWS: (tasks, rank, width)}
 
 
 def _described(w: MultitaskPrompt) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -26,7 +26,7 @@ from jaxft.peft.slots import Host, Slotted
 
 @dataclass(frozen=True)
 class PTuning(Slotted):
-    """A learnt prompt made by a small network. Default learning rate 1e-3."""
+    """A learnt prompt made by a small network. Default learning rate 3e-3."""
 
     encoder: Literal["mlp", "lstm"] = "mlp"
     """The network: three linear layers, or a bidirectional LSTM and two."""
@@ -69,7 +69,7 @@ class EncodedPrompt(Slot):
 
     inputs: jax.Array = trainable()
     mlp: Layers = trainable()
-    lstm: LSTM | None = trainable(None)
+    lstm: LSTM | None = trainable(default=None)
     key: jax.Array | None = None
     rate: float = static(default=0.0)
 

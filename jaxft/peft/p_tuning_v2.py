@@ -14,7 +14,8 @@ from jaxft.peft.prefix_tuning import PrefixTuning
 
 @dataclass(frozen=True)
 class PTuningV2(PrefixTuning):
-    """Prefix tuning as in P-tuning v2: longer, without the network unless asked for. Default learning rate 1e-2."""
+    """Prefix tuning as in P-tuning v2: longer, without the network unless asked for. Default learning rate 3e-2, with
+    the network 3e-3."""
 
     tokens: int = 100
     """Length n of the prefix: about 20 for simple tasks, 100 for hard ones."""

@@ -26,7 +26,7 @@ from jaxft.peft.slots import Host, Slotted
 
 @dataclass(frozen=True)
 class PrefixTuning(Slotted):
-    """Learnt keys and values in every layer. Default learning rate 1e-2."""
+    """Learnt keys and values in every layer. Default learning rate 3e-2, with the projection 3e-3."""
 
     projection: bool = False
     """Whether a network of two layers makes the keys and values from learnt inputs."""
@@ -61,7 +61,7 @@ class Prefix(Slot):
     inputs: jax.Array = trainable()
     sizes: tuple[int, int, int] = static()
     """Layers L, key heads K, head dimension H."""
-    encoder: Layers | None = trainable(None)
+    encoder: Layers | None = trainable(default=None)
 
     @property
     def shape(self):
@@ -76,6 +76,11 @@ class Prefix(Slot):
         layers, heads, width = self.sizes
         rows = self.rows().reshape(-1, layers, 2, heads, width)
         return jnp.transpose(rows, (1, 2, 0, 3, 4))
+
+
+def groups(config: PrefixTuning) -> dict[str, float]:
+    """The network's weights want smaller steps than keys and values themselves."""
+    return {r"^prefix/": 0.1} if config.projection else {}
 
 
 def _started(config: PrefixTuning, made: Any) -> Any:

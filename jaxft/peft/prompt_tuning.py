@@ -23,7 +23,7 @@ from jaxft.peft.slots import Host, Slotted
 
 @dataclass(frozen=True)
 class PromptTuning(Slotted):
-    """A learnt prompt before every document. Default learning rate 1e-2."""
+    """A learnt prompt before every document. Default learning rate 3e-2."""
 
     init: Literal["sample_vocab", "text", "random"] = "sample_vocab"
     """Rows to begin with: of tokens drawn from the vocabulary; of the tokens of `init_text`, cut or repeated to length;

@@ -16,7 +16,7 @@ from jaxft.peft import disk
 from jaxft.peft.disk import AdapterError, Tensors
 
 Fields = dict[str, Any]
-Shapes = dict[str, tuple[int, ...]]
+Shapes = dict[str, tuple[int | None, ...]]
 ROWS = "prompt_embeddings"
 FIELDS = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 """The config fields that all slots have."""
