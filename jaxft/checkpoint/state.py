@@ -130,7 +130,7 @@ def identity(params: tree.Params) -> dict[str, Any]:
     """What tells one base from another: parameters, and a checksum of every path, shape, dtype and bit.
 
     The same for any sharding. One pass over the arrays, on the device; ``None`` holes count nothing."""
-    named = tree.paths(params)
+    named = tree.arrays(params)
     sums = jax.jit(lambda leaves: [_checksum(leaf) for leaf in leaves])([leaf for _, leaf in named])
     digest = hashlib.sha256()
     for (path, leaf), total in zip(named, jax.device_get(sums), strict=True):
@@ -151,7 +151,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 
 
 def _flat(state: Any) -> dict[str, jax.Array]:
-    return dict(tree.paths(state))
+    return dict(tree.arrays(state))
 
 
 def _is_key(leaf: Any) -> bool:

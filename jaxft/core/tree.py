@@ -60,6 +60,11 @@ def paths(tree: Params, inside: bool = True) -> list[tuple[str, Any]]:
     return [(join(p), leaf) for p, leaf in leaves]
 
 
+def arrays(tree: Params) -> list[tuple[str, jax.Array]]:
+    """All arrays with their paths, those of a split stack one by one; ``None`` holes left out."""
+    return [(join(p), leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
 def map_weights(fn: Callable[[str, Any], Any], params: Params) -> Params:
     """``fn(path, weight)`` over every plain array and every Weight, without descending into Weights."""
     return jax.tree_util.tree_map_with_path(lambda p, w: fn(join(p), w), params, is_leaf=is_leaf)

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxft.checkpoint import CheckpointError, state
 from jaxft.checkpoint.state import CheckpointConfig, Record
 from jaxft.core import tree
+from jaxft.core.weight import Split
 from jaxft.peft.lora import LoRAWeight
 
 CONFIG = {"peft": {"rank": 2, "targets": ("q", "k")}, "optim": {"lr": 0.1}, "train": {"steps": 10}, "log": {"every": 1}}
@@ -187,3 +188,12 @@ def test_identity_sees_every_bit_and_no_sharding(key):
         {"v": base["w"], "codes": base["codes"], "hole": None},
     ]
     assert all(state.identity(other) != want for other in others)
+
+
+def test_a_stack_of_which_some_layers_are_elsewhere_has_an_identity():
+    """Where only some layers of a stack train, the frozen rest has holes."""
+    held = {"layers": {"w": Split((None, jnp.ones((2, 3)), None))}, "head": jnp.ones(3)}
+    moved = {"layers": {"w": Split((None, None, jnp.ones((2, 3))))}, "head": jnp.ones(3)}
+    empty = {"layers": {"w": Split((None, None, None))}, "head": jnp.ones(3)}
+    digests = {state.identity(tree)["checksum"] for tree in (held, moved, empty)}
+    assert len(digests) == 3
