@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from jaxft.model import load_adapter as load_adapter
     from jaxft.model import save_adapter as save_adapter
     from jaxft.model import save_hf as save_hf
+    from jaxft.vocabulary import grow as grow
 
 # public name -> the module that holds it
 _NAMES = {
     "combine": "jaxft.core.tree",
     "for_rows": "jaxft.core.many",
+    "grow": "jaxft.vocabulary",
     "merge": "jaxft.core.tree",
     "partition": "jaxft.core.tree",
     "stack_adapters": "jaxft.core.align",

@@ -37,6 +37,10 @@ class ModelSection:
     """Dtype of frozen weights and of the computation; what is trained is kept in float32. auto: the checkpoint's."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: only the architecture and the tokenizer are read from path, and the weights drawn anew."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens to add to the vocabulary; their rows begin at the mean of the others, and trainable_tokens trains them."""
+    vocab_multiple: int = 1
+    """With new tokens, the embedding's rows are padded to a multiple of this."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto chooses by platform and case."""
 

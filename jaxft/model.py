@@ -47,6 +47,8 @@ class Model:
     """The local directory behind `source`."""
     own_tokenizer: Any = field(default=None, repr=False)
     """A tokenizer to use in place of the one in `directory`."""
+    new_tokens: tuple[int, ...] = ()
+    """Ids of the tokens that it has been given (`grow`)."""
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -203,6 +205,7 @@ def save_adapter(
         directory,
         methods=methods,
         base=model.params,
+        new_tokens=model.new_tokens,
         base_model_name_or_path=model.source,
         overwrite=overwrite,
     )

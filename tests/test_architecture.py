@@ -41,6 +41,7 @@ TOP = {
     "run",
     "run_dir",
     "testing",
+    "vocabulary",
 }
 
 # room -> third-party packages that must never be imported in it, at any depth of nesting

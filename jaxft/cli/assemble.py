@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxft import data, peft
+from jaxft import data, peft, vocabulary
 from jaxft import model as model_
 from jaxft.config import RunConfig
 from jaxft.core import hooks as hooks_
@@ -71,6 +71,10 @@ def model(config: RunConfig, mesh: Mesh | None) -> Model:
         found = model_.random(section.path, section.dtype, revision=section.revision, mesh=mesh, key=key)
     if found.tokenizer is None:
         raise ValueError(f"model.path: {section.path} holds no tokenizer; put the model's tokenizer files beside it")
+    if section.new_tokens:
+        found = vocabulary.grow(found, section.new_tokens, section.vocab_multiple)
+        if mesh is not None:
+            found = dataclasses.replace(found, params=jax.device_put(found.params, rules.shardings(found.params, mesh)))
     data.install(found.tokenizer, config.data.template)
     return dataclasses.replace(found, own_tokenizer=found.tokenizer)
 
@@ -151,7 +155,7 @@ def start(
 
 def rates(config: RunConfig, parts: Split) -> tuple[float, tree.Params]:
     """The default learning rate, and the factors by which single arrays differ from it."""
-    first = peft.method_of(config.peft[0].value).lr
+    first = peft.first_rate([choice.value for choice in config.peft])
     factors = jax.tree.map(lambda rate: rate / first, parts.rates)
     for choice in config.peft:
         groups = peft.method_of(choice.value).groups(choice.value)

@@ -4,7 +4,7 @@ import argparse
 
 from rich.console import Console
 
-from jaxft import config, data
+from jaxft import config, data, vocabulary
 from jaxft.checkpoint import hub, tokenizer
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.cli import arguments as arguments_
@@ -24,6 +24,7 @@ def command(args: argparse.Namespace) -> int:
     found = tokenizer.load(directory)
     if found is None:
         raise CheckpointError(directory, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")
+    vocabulary.add(found, wanted.model.new_tokens)
     reserved = assemble.virtual(wanted).get("prompt", 0)
     data.preview(wanted.data, found, Console(), rows=args.rows, reserved=reserved)
     return 0

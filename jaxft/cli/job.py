@@ -105,6 +105,7 @@ def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str]
             out,
             methods=[choice.value for choice in config.peft],
             changed=changed,
+            new_tokens=base.new_tokens,
             base_model_name_or_path=base.source if config.model.init == "pretrained" else None,
             overwrite=out.exists(),
         )

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from jaxft import config as config_
 from jaxft import model as model_
-from jaxft import recipes, run_dir
+from jaxft import recipes, run_dir, vocabulary
 from jaxft.border.errors import ConfigError
+from jaxft.checkpoint import tokenizer
 from jaxft.cli import members
 from jaxft.config import RunConfig
 from jaxft.core import tree
@@ -72,7 +73,7 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
     if (folder / ADAPTER / disk.CONFIG).is_file():
         return Target(config_.load(folder / run_dir.CONFIG, overrides), folder / ADAPTER)
     if (folder / WHOLE / "config.json").is_file():
-        made = ["model.revision=null", "model.init=pretrained", f"model.path={folder / WHOLE}"]
+        made = ["model.revision=null", "model.init=pretrained", f"model.path={folder / WHOLE}", "model.new_tokens=[]"]
         return Target(config_.load(folder / run_dir.CONFIG, [*made, *overrides]), None)
     if (folder / members.FOLDER).is_dir():
         every = "\n".join(f"  {member}" for member in sorted((folder / members.FOLDER).iterdir()))
@@ -91,5 +92,10 @@ def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:
             f"model.init: random weights of {section.path} are not kept; give a model that is (model.init=pretrained)"
         )
     model = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh)
+    brought = None if found.adapter is None else tokenizer.load(found.adapter)
+    if brought is not None:
+        model = vocabulary.with_tokenizer(model, brought, section.vocab_multiple)
+    elif section.new_tokens:
+        model = vocabulary.grow(model, section.new_tokens, section.vocab_multiple)
     params = model.params if found.adapter is None else model_.load_adapter(model, found.adapter)
     return model, params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))

@@ -57,7 +57,7 @@ def join(path: Sequence[Any]) -> str:
 def paths(tree: Params, inside: bool = True) -> list[tuple[str, Any]]:
     """All leaves with their paths; ``inside=False`` stops at Weights instead of listing their arrays."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_split if inside else is_leaf)
-    return [(join(p), leaf) for p, leaf in leaves]
+    return [(join(p), leaf) for p, leaf in leaves if not is_split(leaf) or jax.tree.leaves(leaf)]
 
 
 def arrays(tree: Params) -> list[tuple[str, jax.Array]]:

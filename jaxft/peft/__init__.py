@@ -44,6 +44,7 @@ from jaxft.peft import (
     shira,
     sites,
     slots,
+    stacked,
     tokens_hf,
     trainable_tokens,
     vera,
@@ -81,6 +82,7 @@ from jaxft.peft.shira import SHiRA
 from jaxft.peft.sites import Site, Targeted
 from jaxft.peft.slot_formats import SlotFormat
 from jaxft.peft.slots import Slotted
+from jaxft.peft.stacked import Adapter
 from jaxft.peft.trainable_tokens import TrainableTokens
 from jaxft.peft.vera import VeRA
 
@@ -132,6 +134,7 @@ METHODS: dict[str, Method] = {
         settle=trainable_tokens.settle,
         hf=tokens_hf.FORMAT,
     ),
+    "adapter": Method(Adapter, lr=2e-4, adapt=stacked.adapt),
     "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, hf=ia3.FORMAT),
     "prompt_tuning": Method(prompt_tuning.PromptTuning, lr=3e-2, hf=prompt_tuning.FORMAT),
     "multitask_prompt_tuning": Method(
@@ -192,8 +195,9 @@ def adapt_for_training(
 ) -> tuple[tree.Params, tree.Params, tree.Params]:
     """(parameters, mask of what trains, default learning rate of each trained array): see `adapt`.
 
-    An array belongs to the first of the methods that trains it."""
-    params, rates = model.params, dict[int, float]()
+    An array belongs to the first of the methods that trains it. Those of a frozen `Adapter` do not train: take the mask
+    from here, as `trainable_mask` cannot know."""
+    params, rates, frozen = model.params, dict[int, float](), set[int]()
     for i, config in enumerate(methods):
         row, mine = method_of(config), jax.random.fold_in(key, i)
         config = row.settle(config, model)
@@ -203,12 +207,30 @@ def adapt_for_training(
             measured = {"statistics": statistics} if row.calibrate(config) else {}
             params = row.adapt(params, model.names, mine, config, **measured)
         for leaf in _trained(params, row.select(config)):
-            rates.setdefault(id(leaf), row.lr)
+            if stacked.is_frozen(config) and id(leaf) not in rates:
+                frozen.add(id(leaf))
+            rates.setdefault(id(leaf), rate(config))
     patterns = [pattern for c in methods if (pattern := method_of(c).select(c)) is not None]
     patterns = [tree.PRESETS.get(pattern, pattern) for pattern in patterns]
     mask = tree.trainable_mask(params, "|".join(f"(?:{p})" for p in patterns) if patterns else None)
-    last = method_of(methods[-1]).lr
+    mask = jax.tree.map(lambda p, m: m and id(p) not in frozen, params, mask)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("peft: nothing to train: every adapter is frozen; add a method, or set frozen: false")
+    last = rate(methods[-1])
     return params, mask, jax.tree.map(lambda p, m: rates.get(id(p), last) if m else None, params, mask)
+
+
+def rate(config: Any) -> float:
+    """The default learning rate of a method; of an adapter trained before, that of what trained it."""
+    if not isinstance(config, Adapter):
+        return method_of(config).lr
+    names = stacked.methods_of(config)
+    return next((METHODS[name].lr for name in names if name in METHODS), method_of(config).lr)
+
+
+def first_rate(methods: Sequence[Any]) -> float:
+    """The default learning rate of the first method that trains anything, which optim.lr stands for."""
+    return rate(next((config for config in methods if not stacked.is_frozen(config)), methods[0]))
 
 
 def hooks(methods: Sequence[Any], params: tree.Params, steps: int) -> Hooks:
@@ -238,6 +260,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "Adapter",
     "Alone",
     "BitFit",
     "CorDA",
@@ -275,7 +298,9 @@ __all__ = [
     "adapt",
     "calibrate",
     "combine",
+    "first_rate",
     "hooks",
     "method_of",
+    "rate",
     "scale",
 ]

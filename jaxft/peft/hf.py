@@ -55,8 +55,11 @@ def export(
     method, form, config, tensors, written = _export(where, found, params, names, num_layers)
     config["peft_type"] = form.peft_type
     remade = [w.base for w in found.values() if isinstance(form, Format) and form.rebuilds(w)]
-    known = set(map(id, jax.tree.leaves(remade, is_leaf=tree.is_split)))
-    lost = [path for path, a in tree.paths(params) if path in changed and id(a) not in known]
+    others = [(path, a) for path, a in tree.paths(params) if path in changed]
+    more, held = whole_hf.export_bases(params, names, [a for _, a in others], form.peft_type)
+    tensors |= more
+    known = {*map(id, held), *map(id, jax.tree.leaves(remade, is_leaf=tree.is_split))}
+    lost = [path for path, a in others if id(a) not in known]
     if lost:
         raise AdapterError(where, f"other arrays of the model itself: {disk.some(lost)}", "the base as it was")
     for fields, more, these in (

@@ -15,9 +15,10 @@ from jax.experimental import multihost_utils
 
 from jaxft.core import tree
 from jaxft.core.names import Names
-from jaxft.core.weight import PARAMETER, Weight, role
-from jaxft.peft import disk, hf, method_of, native
+from jaxft.core.weight import PARAMETER, InPlace, Weight, role
+from jaxft.peft import disk, hf, method_of, native, places
 from jaxft.peft.disk import AdapterError
+from jaxft.peft.trainable_tokens import TokensWeight
 
 
 def save(
@@ -29,6 +30,7 @@ def save(
     methods: Sequence[Any] = (),
     base: tree.Params | None = None,
     changed: Collection[str] = (),
+    new_tokens: Collection[int] = (),
     base_model_name_or_path: str | None = None,
     task_type: str = "CAUSAL_LM",
     overwrite: bool = False,
@@ -37,7 +39,7 @@ def save(
 
     What of the model itself is no longer what it was (trained by a pattern, quantised anew) is known by the paths
     ``changed``, by ``methods``, the configs that made ``params``, or by comparison with ``base``, the model's own
-    parameters. The directory appears complete or not at all;
+    parameters; ``new_tokens`` are ids that the base was given. The directory appears complete or not at all;
     one that holds something is refused, unless it is an adapter and ``overwrite``. On several hosts every process must
     call it. Raises AdapterError."""
     target = Path(directory).expanduser().absolute()
@@ -45,7 +47,7 @@ def save(
     _meet("save: looked")
     params = tree.map_weights(lambda path, w: _own_stacked(w), tree.dropout_keys(params, None))
     trained = _selected(params, methods)
-    other = {*changed, *(() if base is None else native.changed(params, base))}
+    other = {*_grown(params, new_tokens), *changed, *(() if base is None else native.changed(params, base))}
     try:
         if trained:
             raise AdapterError(target, "plain arrays trained by a pattern", "an adapter")
@@ -86,6 +88,20 @@ def _selected(params: tree.Params, methods: Sequence[Any]) -> set[str]:
         return set()
     chosen = [tree.trainable_mask(params, pattern) for pattern in patterns]
     return {path for mask in chosen for path, hit in tree.paths(mask) if any(jax.tree.leaves(hit))}
+
+
+def _grown(params: tree.Params, new_tokens: Collection[int]) -> set[str]:
+    """Paths of an embedding and head whose new rows are not all trained, so that only the base has them."""
+    found = set()
+    for path in (places.TOKENS, places.HEAD) if new_tokens else ():
+        w: Any = tree.get(params, path) if path in (places.TOKENS, *params) else None
+        held = False
+        while isinstance(w, Weight):
+            rows = {int(i) for i in disk.host(w.ids)} if isinstance(w, TokensWeight) else set()
+            held |= isinstance(w, InPlace) or rows >= set(new_tokens)
+            path, w = f"{path}/base", w.base
+        found |= set() if held or w is None else {path}
+    return found
 
 
 def _own_stacked(w: Any) -> Any:

@@ -18,6 +18,7 @@ from jaxft.core.names import Name, Names
 from jaxft.core.weight import Affine, InPlace, Split, Untied, Weight
 from jaxft.peft import disk, places, targets, whole
 from jaxft.peft.disk import AdapterError, Tensors
+from jaxft.peft.trainable_tokens import TokensWeight
 
 Fields = dict[str, Any]
 
@@ -101,6 +102,28 @@ def export_biases(
             return {"bias": word}, tensors, written
     expected = "all of the model's biases or those of the adapted modules"
     raise AdapterError(where, f"trained biases of {disk.some(sorted(trained))}", expected)
+
+
+def export_bases(params: tree.Params, names: Names, changed: list[Any], peft_type: str) -> tuple[Tensors, list[Any]]:
+    """The embedding and the head's own matrix, if among the ``changed`` arrays of the model itself: peft's format can
+    carry them along. Their tensors, and the arrays."""
+    tensors: Tensors = {}
+    held: list[Any] = []
+    for name in names:
+        w: Any = places.get(params, name) if name.path in (places.TOKENS, places.HEAD) else None
+        inner = w
+        while isinstance(inner, Weight):
+            inner = inner.base
+        if not any(inner is a for a in changed) or isinstance(w, InPlace):
+            continue
+        beside = "token_adapter." if isinstance(w, TokensWeight) and peft_type == "LORA" else ""
+        array = disk.host(inner)
+        transposed = _transposed(params, name)
+        tensors[f"{name.module}.{beside}{'base_layer.' if inner is not w else ''}weight"] = (
+            array.T if transposed else array
+        )
+        held.append(inner)
+    return tensors, held
 
 
 def replace_bases(

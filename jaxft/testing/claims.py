@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,9 +22,14 @@ def require(holds: Any, message: str) -> None:
         raise Broken(message)
 
 
+def arrays(params: Any) -> dict[str, Any]:
+    """Every array by its path; of layers that are held apart each one."""
+    return {tree.join(path): array for path, array in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
 def same(got: Any, want: Any, what: str, tolerance: float = SIMPLE) -> None:
     """Raises Broken unless two trees have the same paths, shapes, dtypes, and values (tolerance 0: exactly)."""
-    got, want = dict(tree.paths(got)), dict(tree.paths(want))
+    got, want = arrays(got), arrays(want)
     require(got.keys() == want.keys(), f"{what}: arrays {sorted(got)} instead of {sorted(want)}")
     for path, wanted in want.items():
         mine = got[path]

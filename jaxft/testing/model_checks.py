@@ -24,7 +24,7 @@ from jaxft.rollout import generate, score
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
-from jaxft.testing.claims import require, same
+from jaxft.testing.claims import arrays, require, same
 from jaxft.training import optim, state, step
 from jaxft.training.config import OptimConfig
 
@@ -135,7 +135,7 @@ def starts_as_the_base(t: Trial) -> None:
 
 def every_trained_array_has_a_gradient(t: Trial) -> None:
     """Off the initialisation every trained array has a finite gradient that is not zero."""
-    for path, g in tree.paths(gradient(*t.parts, t.batch)):
+    for path, g in arrays(gradient(*t.parts, t.batch)).items():
         require(jnp.isfinite(g).all(), f"the gradient of {path} is not finite")
         require(jnp.any(g != 0), f"the gradient of {path} is zero: does the map use it?")
 
