@@ -47,6 +47,21 @@ def test_round_trip(method, tmp_path):
     assert config.dump(config.load(file)) == config.dump(first)
 
 
+def test_a_list_of_methods(tmp_path):
+    """Each entry is overridden by its index, and comes back from the dump; the schema offers a list."""
+    methods = "peft=[{method: lora}, {method: trainable_tokens, tokens: [3, <tool>]}, norms]"
+    first = config.load(None, ["model.path=tiny", methods, "peft.0.rank=3", f"run_dir={tmp_path}"])
+    assert [choice.name for choice in first.peft] == ["lora", "trainable_tokens", "norms"]
+    assert first.peft[0].value.rank == 3 and first.peft[1].value.tokens == (3, "<tool>")
+    (tmp_path / "run.yaml").write_text(config.dump(first))
+    assert config.load(tmp_path / "run.yaml") == first
+    with pytest.raises(ConfigError, match=r"`peft` is a list of 3; give an index"):
+        config.load(None, ["model.path=tiny", methods, "peft.rank=3"])
+    schema = config.schema()
+    one, several = schema["properties"]["peft"]["anyOf"]
+    assert several["items"] == one and len(schema["$defs"]["method"]["oneOf"]) == len(METHODS) + 2
+
+
 def test_run_dir_is_named_after_the_config(tmp_path):
     (tmp_path / "mine.yaml").write_text("model: {path: tiny}")
     assert config.load(tmp_path / "mine.yaml").run_dir == "runs/mine"

@@ -12,7 +12,9 @@ from jaxft.border.fields import Alternatives, Field
 
 def schema(cls: type, title: str) -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a config dataclass."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **_section(cls)}
+    several = [f.alternatives for f in fields_.fields(cls) if f.alternatives and f.alternatives.several]
+    shared = {"$defs": {one.tag: _alternatives(one) for one in several}} if several else {}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **_section(cls), **shared}
 
 
 def _section(cls: type) -> dict[str, Any]:
@@ -28,11 +30,19 @@ def _section(cls: type) -> dict[str, Any]:
 
 
 def _field(field: Field) -> dict[str, Any]:
-    described = _alternatives(field.alternatives) if field.alternatives else _type(field.type)
+    described = _choices(field.alternatives) if field.alternatives else _type(field.type)
     described = {**described, "description": field.doc} if field.doc else described
     if field.required or field.alternatives or fields_.is_section(field.type):
         return described
     return {**described, "default": check.plain(field.default)}
+
+
+def _choices(alternatives: Alternatives) -> dict[str, Any]:
+    """One alternative, or where there may be several (a field of the root) a list of them too."""
+    if not alternatives.several:
+        return _alternatives(alternatives)
+    one = {"$ref": f"#/$defs/{alternatives.tag}"}
+    return {"anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}
 
 
 def _alternatives(alternatives: Alternatives) -> dict[str, Any]:
@@ -47,6 +57,9 @@ def _alternatives(alternatives: Alternatives) -> dict[str, Any]:
         tag = [] if name == alternatives.default else [alternatives.tag]
         section["required"] = [*tag, *section.get("required", [])]
         variants.append({"title": name, **section})
+    if alternatives.load is not None:
+        own = {"type": "string", "description": "Where its class is: file.py:Class or package.module:Class."}
+        variants.append({"title": "one's own", "type": "object", "properties": {"module": own}, "required": ["module"]})
     return {"oneOf": [*variants, {"enum": list(alternatives.classes)}]}
 
 

@@ -10,7 +10,14 @@ from jaxft import recipes
 def parser(verb: str, doc: str) -> argparse.ArgumentParser:
     """A verb's parser, with the options every verb has."""
     made = argparse.ArgumentParser(f"jaxft {verb}", description=f"{doc}.", allow_abbrev=False, add_help=False)
-    made.add_argument("-h", "--help", action=_Help, nargs=0, help="show this")
+    made.add_argument(
+        "-h",
+        "--help",
+        action=_Help,
+        nargs="*",
+        metavar="KEY",
+        help="show this; of `peft` or `peft=lora` the keys alone",
+    )
     made.add_argument("--traceback", action="store_true", help="on an error, show where in the code it came from")
     return made
 
@@ -35,12 +42,14 @@ def split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 class _Help(argparse.Action):
-    """`--help`: usage and options, then every key of the config with its type, default and meaning."""
+    """`--help`: usage and options, then every key of the config with its type, default and meaning (or those asked)."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        print(parser.format_help())
-        if parser.get_default("takes_config"):
+        asked = [str(value) for value in values or () if not str(value).endswith((".yaml", ".yml"))]
+        if not asked:
+            print(parser.format_help())
+        if asked or parser.get_default("takes_config"):
             from jaxft.cli import keys  # imports every section: only when asked for
 
-            keys.show(parser.get_default("sections"))
+            keys.show(asked or parser.get_default("sections") or ())
         parser.exit()

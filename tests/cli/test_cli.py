@@ -86,6 +86,18 @@ def test_help_lists_every_key(capsys):
     assert "Rank r of the update." in out and "an integer" in out
 
 
+def test_help_of_one_method(capsys):
+    """Keys that methods inherit are told once; asked for alone, a method tells all of its keys."""
+    keys.show()
+    assert capsys.readouterr().out.count("peft.modules_to_save") == 1
+    code, out, _ = jaxft(capsys, "train", "--help", "peft=hra")
+    assert code == 0 and "peft.modules_to_save" in out and "peft.gram_schmidt" in out and "optim.lr" not in out
+    code, out, _ = jaxft(capsys, "train", "--help", "optim")
+    assert code == 0 and "optim.lr" in out and "peft.rank" not in out
+    code, _, err = jaxft(capsys, "train", "--help", "peft=hara")
+    assert code == 2 and "no peft=hara; expected one of" in err
+
+
 def test_a_message_for_people_has_no_traceback(capsys):
     code, _, err = jaxft(capsys, "recipes", "nope", "--traceback")
     assert code == 2 and "Traceback" in err
