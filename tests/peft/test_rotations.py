@@ -213,7 +213,10 @@ WRONG = {
     "no blocks": (lambda: BOFT(blocks=0), "peft.blocks: got 0"),
     "everything dropped": (lambda: BOFT(dropout=1.0), "peft.dropout: got 1.0"),
     "no reflection": (lambda: HRA(rank=0), "peft.rank: got 0"),
-    "no such variant": (lambda: RoAd(**{"variant": "road_3"}), "peft.variant: got 'road_3'; expected road_1, road_2"),
+    "no such variant": (
+        lambda: RoAd(variant="road_3"),  # type: ignore[arg-type]
+        "peft.variant: got 'road_3'; expected road_1, road_2, road_4",
+    ),
     "odd group": (lambda: RoAd(group_size=7), "peft.group_size: got 7"),
     "blocks of one": (OFT(blocks=30), r"peft.blocks: got 30 for model.layers.0.self_attn.q_proj, 32 wide"),
     "blocks that do not fit": (BOFT(block_size=5), r"peft.block_size: got 5 for model.layers.0.*, 32 wide"),
