@@ -110,14 +110,14 @@ class TestShared:
         assert w.down.shape == (64, 48) and w.up.shape == (48, 64)
         for array, bound in ((w.down.value, np.sqrt(6 / 48)), (w.up.value, np.sqrt(6 / 64))):
             assert 0.99 * bound < np.abs(array).max() <= bound
-            np.testing.assert_allclose(array.std(), bound / np.sqrt(3), rtol=0.03)
+            np.testing.assert_allclose(array.std(), bound / np.sqrt(3), rtol=0.03)  # the deviation of random draws
 
     @pytest.mark.parametrize("basis, zeros", [("dense", 0.0), ("sparse", 2 / 3), ("very_sparse", 1 - 24**-0.5)])
     def test_randlora_is_drawn_as_in_peft(self, basis, zeros):
         b = adapted(RandLora(rank=8, basis=basis, targets=("w",)), columns=400).b.value
         assert b.shape == (400, 3, 8)
         np.testing.assert_allclose(b.std(), 1.0, rtol=1e-4)
-        np.testing.assert_allclose((b == 0).mean(), zeros, atol=0.03)
+        np.testing.assert_allclose((b == 0).mean(), zeros, atol=0.03)  # the share among random draws
         assert len(np.unique(b)) == 3 or basis == "dense"
 
     def test_vera_without_its_matrices_is_read_from_the_seed(self, tmp_path):

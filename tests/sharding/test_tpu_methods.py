@@ -8,15 +8,14 @@ from jax.experimental import topologies
 
 from jaxft.core import tree
 from jaxft.models.decoder import Execution
-from jaxft.peft import METHODS
 from jaxft.sharding import rules
 from jaxft.testing import model_checks
-from tests.peft.test_composes import LISTS, trial
+from tests.peft.test_composes import NAMES, trial
 from tests.sharding import steps
 
 
 @pytest.mark.usefixtures("for_a_chip_elsewhere")
-@pytest.mark.parametrize("name", [*METHODS, *LISTS])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_compiles(name):
     made = trial(name)
     params, mask = made.fresh
