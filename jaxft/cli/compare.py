@@ -65,7 +65,7 @@ class Plan:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the config, the methods, seeds, size, and how to run."""
     arguments_.add_config(parser)
-    parser.add_argument("--methods", metavar="A,B", help="names of methods; default: all")
+    parser.add_argument("--methods", metavar="A,B", help="names of methods; default: all that need no setting")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="train.seed of each run; default: 0,1,2")
     parser.add_argument(
         "--budget", type=int, metavar="N", help="trained parameters to match where a method can; default: rank-8 LoRA's"
@@ -117,8 +117,12 @@ def _claim(plan: Plan, config: RunConfig) -> None:
     plan.config.write_text(text, encoding="utf-8")
 
 
+ASKING = ("adapter", "trainable_tokens")
+"""Methods that cannot be compared until a setting says on what: an earlier adapter, which tokens."""
+
+
 def _names(text: str | None) -> list[str]:
-    names = list(peft.METHODS) if text is None else text.split(",")
+    names = [name for name in peft.METHODS if name not in ASKING] if text is None else text.split(",")
     unknown = [name for name in names if name not in peft.METHODS]
     if unknown:
         raise ConfigError(f"--methods: got {', '.join(unknown)}; expected some of {', '.join(peft.METHODS)}")

@@ -6,9 +6,10 @@ from subprocess import CompletedProcess
 import jax
 import pytest
 
-from jaxft import peft
+from jaxft import config, peft, recipes
 from jaxft.cli import compare
 from jaxft.peft import budget
+from tests.cli.conftest import ASSETS
 from tests.cli.test_train import jaxft
 from tests.peft import pairs
 
@@ -58,6 +59,16 @@ def test_runs_are_made_once_and_told(capsys, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: CompletedProcess(a, 1, stdout=""))
     code, said, _ = jaxft(capsys, "compare", *words, *options[:-1], tmp_path / "other")
     assert code == 1 and "exit code 1, see" in said
+
+
+def test_all_methods_are_those_that_need_no_setting():
+    """By default every method is compared but those that must be told a path or tokens."""
+    names = compare._names(None)
+    assert set(peft.METHODS) - set(names) == {"adapter", "trainable_tokens"}
+    entries = compare.methods(
+        config.load(recipes.find("quickstart"), [f"model.path={ASSETS / 'tiny'}"]), names, 196_608
+    )
+    assert [(entry.name, entry.problem) for entry in entries if entry.problem] == []
 
 
 def test_unknown_methods_are_refused(capsys, tiny):
