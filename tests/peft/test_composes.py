@@ -5,7 +5,6 @@ Packing, accumulation, rematerialisation, generation with a cache, a mesh, many 
 
 import dataclasses
 import functools
-from typing import Any
 
 import pytest
 
@@ -13,19 +12,8 @@ from jaxft import peft
 from jaxft.peft import METHODS
 from jaxft.testing import model_checks
 from jaxft.testing.model_checks import Trial
+from tests.peft.small import SMALL
 
-SMALL: dict[str, dict[str, Any]] = {
-    "full": {"select": "norms"},
-    "last_layers": {"n": 1},
-    "trainable_tokens": {"tokens": (3, 5, 8), "head": True},
-    "road": {"group_size": 16},
-    "vera": {"rank": 16},
-    "randlora": {"rank": 12, "alpha": 12},
-    "fourierft": {"frequencies": 20},
-    "shira": {"rank": 4},
-    "miss": {"rank": 12},
-}
-"""Settings that fit a decoder of 32 features; the defaults otherwise."""
 LISTS = {
     "lora + ia3": (peft.LoRA(rank=2), METHODS["ia3"].config()),
 }
