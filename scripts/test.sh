@@ -33,4 +33,5 @@ export PATH="$PWD/$venv/bin:$PATH"
 ruff check .
 ruff format --check --quiet .
 pyright --pythonpath "$venv/bin/python"
-exec pytest -n "${TEST_WORKERS:-2}" "$@"
+# worksteal keeps neighbours in one process, where they share what they compiled
+exec pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"

@@ -3,6 +3,7 @@
 The environment is set before jax is imported. All workers, and all runs, share one compilation cache on disk.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -24,10 +25,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork data work
 import jax  # noqa: E402  (the environment above must come first)
 import pytest  # noqa: E402
 
+# The emitters alone would take half of the suite's time. The flag is read once, with the first device, and must be gone
+# before the TPU's compiler, which does not know it, reads the same variable.
+given = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_use_fusion_emitters=false"
+jax.devices()
+os.environ["XLA_FLAGS"] = given
+
 jax.config.update("jax_default_matmul_precision", "highest")
 
 STRICT_DTYPES = ("core", "models", "objectives")  # not training: optax's adam raises under it
 STRICT_RANKS = ("objectives",)  # [B] against [B, T] is the classic bug there; in models per-feature scales broadcast
+
+
+MAPPINGS = Path("/proc/self/maps")
+MANY_MAPPINGS = 25_000
+"""Linux lets a process have 65,530 and each compiled program takes several: past them XLA crashes."""
+finished = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Drops the compiled programs of earlier tests before they are too many for a process."""
+    if next(finished) % 20 == 0 and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 def _folder(request: pytest.FixtureRequest) -> str:

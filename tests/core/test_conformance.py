@@ -22,8 +22,8 @@ def subject(name: str) -> Subject:
     return Subject(ROWS[name])
 
 
-@rows
 @pytest.mark.parametrize("check", (*weight_checks.CHECKS, *structure_checks.CHECKS), ids=lambda check: check.__name__)
+@rows
 def test_weight(check, name):
     check(subject(name))
 

@@ -19,7 +19,7 @@ LISTS = {
 }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def trial(name: str) -> Trial:
     if name in LISTS:
         return Trial(LISTS[name])
@@ -34,7 +34,7 @@ NAMES = [*(name for name in METHODS if name != "adapter"), *LISTS]
 """All but an earlier adapter, which is on a disk."""
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("check", model_checks.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", NAMES)  # the slower of the two: what a trial compiles is used while it is at hand
 def test_method(check, name):
     check(trial(name))
