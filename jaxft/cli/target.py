@@ -5,7 +5,6 @@ model as it was before.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,15 +56,33 @@ def find(name: str, overrides: Sequence[str] = ()) -> Target:
         raise ConfigError(f"expected a run, an adapter, a model or a config before {name!r}")
     if (path / run_dir.CONFIG).is_file():
         return _run(path, overrides)
-    if (path / disk.CONFIG).is_file():
-        base = json.loads((path / disk.CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        given = any(word.startswith("model.path=") for word in overrides)
-        if not base and not given:
+    weights = any((path / file).is_file() for file in (disk.WEIGHTS, disk.PICKLE))
+    if (path / disk.CONFIG).is_file() or weights:
+        base = disk.read_config(path).get("base_model_name_or_path")
+        if not base and not _base(overrides):
             raise ConfigError(f"{path}: the adapter does not name its base model; say model.path=<folder or hub id>")
         return Target(config_.load(None, [f"model.path={base}", *overrides]), path)
     if path.suffix in (".yaml", ".yml") or (not path.exists() and name in [recipe.name for recipe in recipes.every()]):
         return Target(config_.load(recipes.find(name), overrides), None)
-    return Target(config_.load(None, [f"model.path={name}", *overrides]), None)
+    return Target(config_.load(None, [f"model.path={name}", *_same(name, overrides)]), None)
+
+
+def _base(overrides: Sequence[str]) -> str | None:
+    """The `model.path=` among the overrides, if there is one."""
+    return next((word for word in overrides if word.startswith("model.path=")), None)
+
+
+def _same(name: str, overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides. Raises ConfigError if they put another model in the place of the one that is asked for."""
+    if given := _base(overrides):
+        path = Path(name)
+        held = disk.some(sorted(p.name for p in path.iterdir())) if path.is_dir() else "no such folder here"
+        raise ConfigError(
+            f"{name}: got {given} beside it, which would take its place ({name}: {held or 'it is empty'}); expected "
+            f"the folder of an adapter or of a run that made one ({disk.CONFIG} or {run_dir.CONFIG} in it), or a model "
+            "without model.path"
+        )
+    return overrides
 
 
 def _run(folder: Path, overrides: Sequence[str]) -> Target:
@@ -74,7 +91,7 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
         return Target(config_.load(folder / run_dir.CONFIG, overrides), folder / ADAPTER)
     if (folder / WHOLE / "config.json").is_file():
         made = ["model.revision=null", "model.init=pretrained", f"model.path={folder / WHOLE}", "model.new_tokens=[]"]
-        return Target(config_.load(folder / run_dir.CONFIG, [*made, *overrides]), None)
+        return Target(config_.load(folder / run_dir.CONFIG, [*made, *_same(str(folder), overrides)]), None)
     if (folder / members.FOLDER).is_dir():
         every = "\n".join(f"  {member}" for member in sorted((folder / members.FOLDER).iterdir()))
         raise ConfigError(f"{folder}: a sweep of several runs; say which of them:\n{every}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 
@@ -204,3 +205,24 @@ def test_targets(tiny, adapter, tmp_path):
     (tmp_path / "adapter").unlink()
     (tmp_path / "model").symlink_to(tiny)
     assert target.find(str(tmp_path)).config.model.path == str(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"got model\.path=x beside it, which would take its place"):
+        target.find(str(tmp_path), ["model.path=x"])
+
+
+def test_a_target_that_is_none_is_not_the_base(capsys, tiny, adapter, tmp_path):
+    """What `model.path` names is the base of an adapter, never a stand-in for one that is not there."""
+    half = shutil.copytree(adapter, tmp_path / "half")
+    (half / "adapter_config.json").unlink()
+    for name, said in (("/no/such", "no such folder here"), (half, "no adapter_config.json"), (tiny, "model.safetens")):
+        for verb, *words in (["generate", "--prompt", "hi", "--raw"], ["merge", "--out", tmp_path / "out"]):
+            code, out, err = jaxft(capsys, verb, name, *words, f"model.path={tiny}")
+            assert code in (1, 2) and not out and said in err and "Traceback" not in err, err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_an_adapters_config_that_is_no_json_object(capsys, adapter, tmp_path, text):
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    (broken / "adapter_config.json").write_text(text)
+    code, _, err = jaxft(capsys, "generate", broken, "--prompt", "hi")
+    assert code == 1 and "expected a JSON object" in err and "Traceback" not in err
