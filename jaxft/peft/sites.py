@@ -116,7 +116,7 @@ def adapt(
         params = wrap(params, config, target.name, target.layers, jax.random.fold_in(key, i), mine, shared)
     params = whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)
     if config.bias != "none":
-        params = whole.adapt_biases(params, names, config.bias, {t.name.path for t in found})
+        params = whole.adapt_biases(params, names, config.bias, found)
     return params
 
 

@@ -46,16 +46,17 @@ def wrap(params: tree.Params, name: Name, tied: bool, layers: np.ndarray | None 
     return tree.replace(params, name.path, under(old))
 
 
-def adapt_biases(params: tree.Params, names: Names, which: str, paths: set[str]) -> tree.Params:
-    """Trains biases: ``all`` that the model has, or (``lora_only``) those of the adapted weights at ``paths``."""
+def adapt_biases(params: tree.Params, names: Names, which: str, found: Sequence[targets.Target]) -> tree.Params:
+    """Trains biases: ``all`` that the model has, or (``lora_only``) those of the adapted layers ``found``."""
+    layers = {name.path: None for name in names} if which == "all" else {t.name.path: t.layers for t in found}
     for name in names:
-        if name.bias and (which == "all" or name.path in paths):
-            params = wrap_bias(params, name)
+        if name.bias and name.path in layers:
+            params = wrap_bias(params, name, layers[name.path])
     return params
 
 
 def wrap_bias(params: tree.Params, name: Name, layers: np.ndarray | None = None) -> tree.Params:
-    """Trains the bias of one row."""
+    """Trains the bias of one row, of a stack only in ``layers``, if given."""
     old = tree.get(params, name.path)
     if name.kind == "norm":
         return tree.replace(params, name.path, {**old, "bias": in_place(old["bias"], None, layers)})

@@ -6,7 +6,7 @@ weight, which then replaces the model's own.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -79,26 +79,31 @@ def layers(name: Name, arrays: dict[str, Any], num_layers: int, transposed: bool
 def export_biases(
     where: object, params: tree.Params, names: Names, num_layers: int, found: dict[str, Any]
 ) -> tuple[Fields, Tensors, list[InPlace]]:
-    """``bias``, its tensors, and the biases that they are of; ``found``: the adapted paths.
+    """``bias``, its tensors, and the biases that they are of; ``found``: the adapters by path.
 
     Raises AdapterError for a choice peft has no word for."""
+    rows = [n for n in names if n.bias and not isinstance(places.get(params, n), InPlace)]
+    biased = {module for n in rows for module in n.modules(num_layers)}
+    wrapped = {
+        m for n in rows if n.path in found for m in targets.adapted(n, num_layers, disk.host(found[n.path].adapted))
+    }
     trained: set[str] = set()
     tensors: Tensors = {}
     written: list[InPlace] = []
-    for name in names:
-        w = tree.get(params, name.path) if name.bias else None
+    for name in rows:
+        w = tree.get(params, name.path)
         bias = w["bias"] if isinstance(w, dict) else w.bias if isinstance(w, Affine) else None
         whole_norm = isinstance(w, dict) and isinstance(w["scale"], InPlace)
-        if _held(bias) and not whole_norm:
-            trained.add(name.path)
+        if isinstance(bias, InPlace) and not whole_norm:
             written.append(bias)
-            key = "base_layer.bias" if name.path in found else "bias"
-            tensors |= layers(name, {key: bias.value}, num_layers)
-    biased = {n.path for n in names if n.bias and not isinstance(places.get(params, n), InPlace)}
+            for key, array in layers(name, {"bias": bias.value}, num_layers).items():
+                module = key.removesuffix(".bias")
+                trained.add(module)
+                tensors[f"{module}.base_layer.bias" if module in wrapped else key] = array
     if not trained:
         return {}, tensors, written  # not every config has the field
-    for word, paths in (("lora_only", biased & set(found)), ("all", biased)):
-        if trained == paths:
+    for word, modules in (("lora_only", wrapped), ("all", biased)):
+        if trained == modules:
             return {"bias": word}, tensors, written
     expected = "all of the model's biases or those of the adapted modules"
     raise AdapterError(where, f"trained biases of {disk.some(sorted(trained))}", expected)
@@ -183,15 +188,9 @@ def restore_biases(where: object, config: Fields, tensors: Tensors, params: tree
         held = {m: key for m in modules for key in (f"{m}.base_layer.bias", f"{m}.bias") if key in tensors}
         if not name.bias or not held:
             continue
-        params = whole.wrap_bias(params, name)
+        params = whole.wrap_bias(params, name, np.array([module in held for module in modules]))
         w = tree.get(params, name.path)
-        bias = w["bias"] if isinstance(w, dict) else w.bias
-        value = np.array(disk.host(bias.value))
-        for i, module in enumerate(modules):
-            if module in held:
-                array = disk.take(where, tensors, held[module], value.shape[-1:], _WHOLE)
-                value[i if name.stacked else ...] = array
-        bias = dataclasses.replace(bias, value=jnp.asarray(value))
+        bias = fill(where, tensors, name, "bias", w["bias"] if isinstance(w, dict) else w.bias, keys=held)
         filled = {**w, "bias": bias} if isinstance(w, dict) else dataclasses.replace(w, bias=bias)
         params = tree.replace(params, name.path, filled)
     return params
@@ -206,13 +205,21 @@ def _filled_module(where: object, tensors: Tensors, params: tree.Params, name: N
     return dataclasses.replace(w, value=Affine(matrix, bias))
 
 
-def fill(where: object, tensors: Tensors, name: Name, key: str, w: InPlace, transposed: bool = False) -> InPlace:
-    """The weight with its trained value read, layer by layer."""
+def fill(
+    where: object,
+    tensors: Tensors,
+    name: Name,
+    key: str,
+    w: InPlace,
+    transposed: bool = False,
+    keys: Mapping[str, str] | None = None,
+) -> InPlace:
+    """The weight with its trained value read, layer by layer; ``keys``: of each module, where not ``module.key``."""
     shape = w.value.shape[1:] if name.stacked else w.value.shape
     size = shape[::-1] if transposed else shape
 
     def read(module: str) -> np.ndarray:
-        array = disk.take(where, tensors, f"{module}.{key}", size, _WHOLE)
+        array = disk.take(where, tensors, (keys or {}).get(module, f"{module}.{key}"), size, _WHOLE)
         return array.T if transposed else array
 
     modules = name.modules(w.value.shape[0])

@@ -78,6 +78,11 @@ BOTH = {
     ),
     "biases all": ("llama_bias", LoRA(rank=4, targets=("q_proj",), bias="all")),
     "biases of the adapted": ("llama_bias", LoRA(rank=4, targets=("q_proj", "up_proj"), bias="lora_only")),
+    "biases all, layers": ("qwen2", LoRA(rank=4, targets=("q_proj",), layers=(1,), bias="all")),
+    "biases of some layers": (
+        "gpt2",
+        LoRA(rank=4, targets=r".*\.[02]\.attn\.c_attn|.*\.c_fc", bias="lora_only"),
+    ),
     "linear with bias": ("llama_bias", LoRA(rank=4)),
     "saved linear with bias": ("llama_bias", LoRA(rank=4, targets=("q_proj",), modules_to_save=("up_proj",))),
     "gpt2": ("gpt2", LoRA(rank=4)),
