@@ -11,8 +11,13 @@ from jaxft.border import check as border
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state
 from jaxft.config import RunConfig
+from jaxft.training import loop
 
 CONFIG = "config.yaml"
+ADAPTER, WHOLE = "adapter", "model"
+"""Folders in it: the adapter that came out of the run, or the whole model where all of it was trained."""
+MEMBERS = "members"
+"""Folder of a sweep's members, a run's folder each but for the checkpoints, which the sweep has."""
 
 
 def check(config: RunConfig) -> None:
@@ -50,12 +55,35 @@ def _refuse_other(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"`run_dir`: {folder} holds a run; go on with it (--resume, or resume=true) or choose another run_dir"
         )
+    _refuse_restart(folder)
     changed = state.differences(border.plain(config_.load(folder / CONFIG)), border.plain(config))
     if changed:
         lines = "\n".join(f"  {change}" for change in changed)
         raise ConfigError(
             f"`run_dir`: the run in {folder} cannot go on with another config:\n{lines}\n"
             "Set them back, or choose another run_dir to start afresh."
+        )
+
+
+def _refuse_restart(folder: Path) -> None:
+    """Raises ConfigError where there is nothing to go on from, and beginning anew would destroy what was reached.
+
+    A run that was ended before its first checkpoint has reached nothing, and may begin anew."""
+    if any(path.name.isdigit() for path in (folder / loop.CHECKPOINTS).glob("*")):
+        return
+    sweep = folder.absolute().parent.parent
+    if folder.absolute().parent.name == MEMBERS and (sweep / CONFIG).is_file():
+        raise ConfigError(
+            f"`run_dir`: {folder} is a member of the sweep {sweep}, which keeps the checkpoints of all its members; go "
+            f"on with that (jaxft train {sweep / CONFIG} --resume), or choose another run_dir to train this one alone"
+        )
+    made = [
+        made for made in (ADAPTER, WHOLE) for run in (folder, *folder.glob(f"{MEMBERS}/*")) if (run / made).exists()
+    ]
+    if made:
+        raise ConfigError(
+            f"`run_dir`: the run in {folder} has ended ({made[0]}/), and it holds no checkpoint to go on from "
+            f"({loop.CHECKPOINTS}/); choose another run_dir to start afresh"
         )
 
 

@@ -51,6 +51,24 @@ def test_resume_may_change_how_a_run_is_kept_and_the_earlier_config_stays(tmp_pa
     assert config.load(tmp_path / "config.yaml") == longer and config.load(tmp_path / "config.1.yaml") == first
 
 
+def test_what_cannot_go_on_is_not_begun_anew(tmp_path):
+    """A sweep's member, and a run that has ended, without a checkpoint; one that was ended before its first may."""
+    run_dir.claim(made(tmp_path, "sweep=[seed=0..1]"))
+    member = tmp_path / "members" / "seed=0"
+    run_dir.claim(made(member))
+    with pytest.raises(ConfigError, match="is a member of the sweep"):
+        run_dir.claim(made(member, "resume=true"))
+    again = made(tmp_path, "sweep=[seed=0..1]", "resume=true")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert run_dir.claim(again) == (tmp_path, True)
+    (member / "adapter").mkdir()
+    with pytest.raises(ConfigError, match=r"has ended \(adapter/\), and it holds no checkpoint"):
+        run_dir.claim(again)
+    (tmp_path / "checkpoints" / "20").mkdir()
+    assert run_dir.claim(again) == (tmp_path, True)
+
+
 @pytest.mark.parametrize("resume", ["true", "false"])
 def test_a_folder_of_something_else_is_refused(tmp_path, resume):
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxft import run_dir
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import hub
-from jaxft.cli import contents, target
+from jaxft.cli import contents
 from jaxft.cli.contents import Contents
 from jaxft.peft import disk
 
@@ -35,8 +36,8 @@ def command(args: argparse.Namespace) -> int:
 def _directory(name: str) -> Path:
     """The adapter's folder: as named, that in a run's, or that of a hub id. Raises ConfigError for a whole model."""
     path = hub.directory(name)
-    path = path / target.ADAPTER if (path / target.ADAPTER / disk.CONFIG).is_file() else path
-    if not (path / disk.CONFIG).is_file() and ((path / target.WHOLE).is_dir() or (path / "config.json").is_file()):
+    path = path / run_dir.ADAPTER if (path / run_dir.ADAPTER / disk.CONFIG).is_file() else path
+    if not (path / disk.CONFIG).is_file() and ((path / run_dir.WHOLE).is_dir() or (path / "config.json").is_file()):
         raise ConfigError(f"{name}: holds a whole model and no adapter (there is no {disk.CONFIG})")
     return path
 

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxft import data
+from jaxft import data, run_dir
 from jaxft import model as model_
 from jaxft.border import check
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state as disk
 from jaxft.checkpoint.state import Record
-from jaxft.cli import assemble, target
+from jaxft.cli import assemble
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import Loader, Prepared
@@ -97,7 +97,7 @@ def refuse_metric(config: RunConfig, sums: Means) -> None:
 def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str], dtype: str, folder: Path) -> Path:
     """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced."""
     if tree.adapters(params):
-        out = folder / target.ADAPTER
+        out = folder / run_dir.ADAPTER
         store.save(
             params,
             base.names,
@@ -111,6 +111,6 @@ def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str]
         )
         base.tokenizer.save_pretrained(out)
         return out
-    out = folder / target.WHOLE
+    out = folder / run_dir.WHOLE
     model_.save_hf(base, params, out, dtype=dtype, overwrite=out.exists())
     return out

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft import config as config_
+from jaxft import run_dir
 from jaxft.border import reading
 from jaxft.border.errors import ConfigError
 from jaxft.config import RunConfig
 
-FOLDER = "members"
 ALIASES = {"seed": "train.seed"}
 FREE = ("optim.lr", "train.seed", "data.seed")
 METHOD = re.compile(r"peft(\.\d+)?\.(\w+)")
@@ -69,7 +69,7 @@ def expand(config: RunConfig) -> list[Member]:
         name = re.sub(r"[^\w.=,+-]", "_", ",".join(f"{key}={text}" for key, text in values.items()))
         if any(member.name == name for member in made):
             raise ConfigError(f"`sweep`: two members are {name}; give each value once")
-        folder = str(Path(str(config.run_dir)) / FOLDER / name)
+        folder = str(Path(str(config.run_dir)) / run_dir.MEMBERS / name)
         alone = dataclasses.replace(config, sweep=(), resume=False, run_dir=folder)
         made.append(Member(name, values, config_.changed(alone, [f"{key}={text}" for key, text in chosen.items()])))
     if config.model.init == "random" and len({member.config.train.seed for member in made}) > 1:

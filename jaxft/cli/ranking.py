@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jaxft import run_dir
 from jaxft.cli import curves, summary
-from jaxft.cli.members import FOLDER, Member
+from jaxft.cli.members import Member
 from jaxft.config import RunConfig
 from jaxft.training import evaluate, sinks
 from jaxft.training.loop import Result
@@ -72,7 +73,7 @@ def show(console: Console, config: RunConfig, runs: Sequence[Member], result: Re
     drawing.write_text(curves.svg({m.name: sinks.read(m.folder) for m in runs}, config.eval.metric), encoding="utf-8")
     best = shlex.quote(str(ranked[0].member.folder))
     console.print(
-        f"\n{result.reason} after {result.step:,} steps. Each member is a run: {folder / FOLDER}/<name>. "
+        f"\n{result.reason} after {result.step:,} steps. Each member is a run: {folder / run_dir.MEMBERS}/<name>. "
         f"Curves: {drawing}\n"
         "Next:\n"
         f"  jaxft chat {best}    talk with the best\n"

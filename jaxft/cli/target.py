@@ -17,15 +17,11 @@ from jaxft import model as model_
 from jaxft import recipes, run_dir, vocabulary
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import tokenizer
-from jaxft.cli import members
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.model import Model
 from jaxft.peft import disk
 from jaxft.sharding import rules
-
-ADAPTER, WHOLE = "adapter", "model"
-"""Folders in a run's folder: the adapter that came out of it, or the whole model where all of it was trained."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +83,21 @@ def _same(name: str, overrides: Sequence[str]) -> Sequence[str]:
 
 def _run(folder: Path, overrides: Sequence[str]) -> Target:
     """The model that a run began with and its adapter, or the whole model that it made."""
-    if (folder / ADAPTER / disk.CONFIG).is_file():
-        return Target(config_.load(folder / run_dir.CONFIG, overrides), folder / ADAPTER)
-    if (folder / WHOLE / "config.json").is_file():
-        made = ["model.revision=null", "model.init=pretrained", f"model.path={folder / WHOLE}", "model.new_tokens=[]"]
+    if (folder / run_dir.ADAPTER / disk.CONFIG).is_file():
+        return Target(config_.load(folder / run_dir.CONFIG, overrides), folder / run_dir.ADAPTER)
+    if (folder / run_dir.WHOLE / "config.json").is_file():
+        made = [
+            "model.revision=null",
+            "model.init=pretrained",
+            f"model.path={folder / run_dir.WHOLE}",
+            "model.new_tokens=[]",
+        ]
         return Target(config_.load(folder / run_dir.CONFIG, [*made, *_same(str(folder), overrides)]), None)
-    if (folder / members.FOLDER).is_dir():
-        every = "\n".join(f"  {member}" for member in sorted((folder / members.FOLDER).iterdir()))
+    if (folder / run_dir.MEMBERS).is_dir():
+        every = "\n".join(f"  {member}" for member in sorted((folder / run_dir.MEMBERS).iterdir()))
         raise ConfigError(f"{folder}: a sweep of several runs; say which of them:\n{every}")
     raise ConfigError(
-        f"{folder}: the run has no result yet ({ADAPTER}/ or {WHOLE}/); let it end: "
+        f"{folder}: the run has no result yet ({run_dir.ADAPTER}/ or {run_dir.WHOLE}/); let it end: "
         f"jaxft train {folder / run_dir.CONFIG} --resume"
     )
 
