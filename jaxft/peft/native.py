@@ -13,6 +13,7 @@ A description is ``null``, an array's "float32[3,16]", ``{"base": shape}`` for w
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,7 +251,10 @@ class _Reader:
 
     def _class(self, path: str, name: str) -> type:
         """The loaded class of that name, or the only one of its name that has moved to another module."""
-        loaded = {_name(cls): cls for cls in _subclasses(Weight)}
+        loaded = dict[str, type]()
+        for cls in _subclasses(Weight):
+            if not _is_current(loaded.get(_name(cls))):
+                loaded[_name(cls)] = cls
         moved = [cls for full, cls in loaded.items() if full.partition(":")[2] == name.partition(":")[2]]
         if name not in loaded and len(moved) != 1:
             modules = {m["module"] for m in self.methods if "module" in m} or {name}
@@ -262,8 +266,14 @@ class _Reader:
 _PARTS = {"Split": Split, "list": list, "tuple": tuple}
 
 
-def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*(_subclasses(below) for below in cls.__subclasses__()))
+def _subclasses(cls: type) -> list[type]:
+    """The class and all below it that are loaded, of each parent the older ones first."""
+    return [cls, *(found for below in cls.__subclasses__() for found in _subclasses(below))]
+
+
+def _is_current(cls: type | None) -> bool:
+    """Whether a class is what its module has under its name: not so once a file or a notebook's cell has run again."""
+    return cls is not None and getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls
 
 
 def _tuples(value: Any) -> Any:

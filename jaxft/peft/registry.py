@@ -1,7 +1,8 @@
 """Methods from outside the package: a class in a file or a module, or one that an installed package offers.
 
 ``my_file.py:MyMethod`` and ``my_package.my_module:MyMethod`` name a class; an installed package offers one under a name
-by an entry point in the group ``jaxft.methods``. Either is a config that inherits `Targeted`. Naming a file runs it.
+by an entry point in the group ``jaxft.methods``. Either is a config that inherits `Targeted`. Naming a file runs it,
+and again where it has changed since.
 """
 
 import dataclasses
@@ -49,24 +50,32 @@ def name_of(cls: type) -> str:
 _PREFIX = "jaxft_method_"
 
 
-@functools.cache
+_read: dict[Path, tuple[bytes, Any]] = {}
+"""What each file held when it was last run, and the module that came of it."""
+
+
 def _file(path: Path) -> Any:
+    """The module of a file: run again whenever what is in the file has changed, otherwise the same as before."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"peft.module: no file {path}")
+    source = path.read_bytes()
+    if path in _read and _read[path][0] == source:
+        return _read[path][1]
     name = _PREFIX + "".join(c if c.isalnum() else "_" for c in str(path))
-    if name in sys.modules:
-        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise ValueError(f"peft.module: {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
+    module, before = importlib.util.module_from_spec(spec), sys.modules.get(name)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        # Not by the loader: it takes compiled code of the same second and length for that of an edited file.
+        exec(compile(source, str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
+        sys.modules.update({name: before} if before is not None else {})
         raise
+    _read[path] = source, module
     return module
 
 
@@ -79,7 +88,7 @@ def _module(name: str) -> Any:
 
 def _method(found: Any, what: str) -> type:
     fine = isinstance(found, type) and issubclass(found, Targeted) and dataclasses.is_dataclass(found)
-    if not fine:
+    if not fine or found.wrap is Targeted.wrap:
         raise ValueError(
             f"peft.module: {what} is no method; expected a frozen dataclass that inherits jaxft.peft.Targeted and has "
             "wrap(site)"

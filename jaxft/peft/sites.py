@@ -89,7 +89,10 @@ class Targeted:
 
     def wrap(self, site: Site) -> Weight:
         """The adapted weight: the identity at initialisation unless the method's docstring says otherwise."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no wrap(site), which gives the Weight that stands for site.base in an adapted "
+            "model; expected one. Define it beside the settings."
+        )
 
 
 def adapt(

@@ -42,6 +42,11 @@ class GainWeight(Weight):
         return (x * (1 + self.gate * self.gain).astype(x.dtype)) @ self.base
 
 
+@dataclass(frozen=True)
+class Unfinished(Targeted):
+    """Settings alone."""
+
+
 NOTHING = 1
 '''
 
@@ -65,6 +70,35 @@ def test_a_class_in_a_file_is_a_method(file, tmp_path):
     assert registry.load(registry.name_of(type(chosen.value))) is type(chosen.value)
 
 
+def test_a_file_runs_again_only_when_it_has_changed(file):
+    """Edited to the same length within the same second, as a notebook does."""
+    before = registry.load(f"{file}:Gain")
+    assert registry.load(f"{file}:Gain") is before
+    file.write_text(SOURCE.replace("start: float = 0.0", "start: float = 2.0"))
+    after = registry.load(f"{file}:Gain")
+    assert (before().start, after().start) == (0.0, 2.0)
+    assert registry.load(f"{file}:Gain") is after
+    file.write_text("nonsense(")
+    with pytest.raises(SyntaxError):
+        registry.load(f"{file}:Gain")
+    file.write_text(SOURCE)
+    again = registry.load(f"{file}:Gain")
+    assert again().start == 0.0 and registry.load(registry.name_of(again)) is again
+
+
+def test_an_adapter_is_read_as_the_class_that_the_file_has_now(file, tmp_path):
+    def adapted():
+        return peft.adapt(pairs.model("llama"), jax.random.key(0), registry.load(f"{file}:Gain")(targets=("q_proj",)))
+
+    params = adapted()
+    pairs.save("llama", params, tmp_path / "adapter")
+    for value in range(3):  # each class stays loaded
+        file.write_text(SOURCE.replace("start: float = 0.0", f"start: float = {value}.5"))
+        now = type(adapted()["layers"]["attn"]["q"])
+        assert now is not type(params["layers"]["attn"]["q"])
+        assert type(pairs.load("llama", tmp_path / "adapter")["layers"]["attn"]["q"]) is now
+
+
 def test_it_may_stand_in_a_list(file, tmp_path):
     written = {"model": {"path": "x"}, "peft": [{"method": "lora", "rank": 2}, {"module": f"{file}:Gain"}]}
     (tmp_path / "run.yaml").write_text(yaml.dump(written))
@@ -77,8 +111,9 @@ def test_it_may_stand_in_a_list(file, tmp_path):
     [
         (["peft.module=gain.py"], "expected file.py:Class"),
         (["peft.module=nowhere.py:Gain"], "no file"),
-        (["peft.module={file}:Gian"], "it has Gain"),
+        (["peft.module={file}:Gian"], "it has Gain, Unfinished"),
         (["peft.module={file}:NOTHING"], "is no method"),
+        (["peft.module={file}:Unfinished"], r"is no method; expected .* has wrap\(site\)"),
         (["peft.module=no.such:Gain"], "No module named"),
         (["peft.module={file}:Gain", "peft.method=lora"], "expected one of the two"),
         (["peft.module={file}:Gain", "peft.strat=1"], "did you mean `peft.start`"),
