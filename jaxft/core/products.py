@@ -7,17 +7,21 @@ import jax
 import jax.numpy as jnp
 
 
-def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
-    """``x`` with each number zeroed with probability ``rate`` and the others scaled to keep the mean.
+def dropped(x: Any, key: jax.Array | None, rate: float) -> Any:
+    """``x``, an array or a pytree: each number zeroed with probability ``rate``, others scaled to keep the mean.
 
     Without a key, in evaluation, ``x`` itself."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+    def one(x: jax.Array) -> jax.Array:
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+        return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+    return jax.tree.map(one, x)
 
 
-def remade(x: jax.Array, make: Callable[..., jax.Array], *parts: Any) -> jax.Array:
+def remade(x: Any, make: Callable[..., jax.Array], *parts: Any) -> jax.Array:
     """``x @ make(*parts)``, [..., in] -> [..., out], where the matrix is made again in the backward pass.
 
     Kept for it are ``x`` and ``parts`` only. ``make`` gives [in, out] in any dtype; the product is in that of ``x``."""

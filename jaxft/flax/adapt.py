@@ -12,13 +12,14 @@ import numpy as np
 from jaxft import peft
 from jaxft.core import tree
 from jaxft.core.names import Name
-from jaxft.core.weight import Affine
+from jaxft.core.weight import Affine, NotMergeable
 from jaxft.flax import kernel as kernels
 from jaxft.flax import trace
 from jaxft.flax.held import Seen, held
 from jaxft.flax.kernel import KeptBias, Kernel, Layout
 from jaxft.peft import targets
 from jaxft.peft.bitfit import BitFit
+from jaxft.peft.lora import LoRA
 from jaxft.peft.sites import Site, Targeted
 
 OWN_NAMES = ("kernel", "embedding")  # of parameters that are called by the name of their module
@@ -35,6 +36,9 @@ class Place:
     tied: bool
     """Of an embedding: whether the model also multiplies by its transpose."""
     bias: str | None
+    """Of what is multiplied by: the one parameter that is added to the product."""
+    always: bool
+    """Whether it is added to every product, and used for nothing else."""
 
 
 def abstract(example: Any) -> tuple[Callable[[Any], Any], list[Any]]:
@@ -63,7 +67,7 @@ def observe(fn: Callable[[dict[str, Any]], Any], params: dict[str, Any], *args: 
 def run(fn: Callable[[dict[str, Any]], Any], params: dict[str, Any]) -> Any:
     """``fn(arrays by path)`` with the adapters of ``params`` in effect; parameters without one are the caller's."""
     adapted = {path: w for path, w in params.items() if isinstance(w, Kernel)}
-    biases = {w.bias: params[w.bias] for w in adapted.values() if w.bias is not None}
+    biases = {w.bias: params[w.bias] for w in adapted.values() if w.bias is not None and kernels.keeps_bias(w.base)}
     return trace.run(fn, {path: held(path, w) for path, w in (adapted | biases).items()})
 
 
@@ -83,7 +87,8 @@ def places(seen: Seen, params: dict[str, Any]) -> list[Place]:
         columns = int(np.prod([params[path].shape[a] for a in (*layout.stack, *layout.columns)]))
         if bias is not None and (params[bias].size != columns or sum(bias in b for b in seen.biases.values()) > 1):
             bias = None
-        found.append(Place(path, _name(path, use), use, layout, transposed in uses, bias))
+        always = path not in seen.unbiased and bias not in seen.elsewhere
+        found.append(Place(path, _name(path, use), use, layout, transposed in uses, bias, always))
     return found
 
 
@@ -104,7 +109,8 @@ def adapt(params: dict[str, Any], seen: Seen, key: jax.Array, methods: Any) -> d
         found, mine = _select(places(seen, params), config, seen), jax.random.fold_in(key, i)
         for place in found:
             if place.path not in made:
-                made[place.path] = kernels.make(params[place.path], place.layout, place.use)
+                bias = place.bias if place.always else None
+                made[place.path] = kernels.make(params[place.path], place.layout, place.use, bias)
         sizes = [made[place.path].base.shape[-2:] for place in found]
         shared = config.share(sizes, jax.random.fold_in(mine, len(found)))
         for j, place in enumerate(found):
@@ -123,6 +129,11 @@ def _refuse(config: Any) -> None:
             f"got {type(config).__name__}, which changes its parameters in every training step; expected a method that "
             "only trains them, as the loop around a Flax model is your own"
         )
+    if isinstance(config, LoRA) and config.init in ("eva", "corda", "loftq"):
+        reason = "puts a quantised matrix in the place of a parameter, and a Flax model keeps its own"
+        if config.init != "loftq":
+            reason = "begins from what data show of a layer's input, and that is measured on jaxft's own models only"
+        raise ValueError(f"peft.init: got {config.init!r}, which {reason}. Expected another one, such as pissa.")
     for field, remedy in {
         "modules_to_save": "train them in place: jaxft.trainable_mask(params, select=<regex>)",
         "bias": "train them in place: jaxft.trainable_mask(params, select='bitfit')",
@@ -175,7 +186,7 @@ def _wrap(old: Kernel, place: Place, config: Targeted, key: jax.Array, shared: A
         modules = (place.name.module,) * max(layers.size, 1)
         return config.wrap(Site(base, place.name, modules, layers, key, follows, shared=shared))
 
-    if config.outside and place.bias is not None and old.bias is None:
+    if config.outside and place.bias is not None and not kernels.keeps_bias(old.base):
         return dataclasses.replace(old, base=adapted(KeptBias(old.base, None)), bias=place.bias)
     if isinstance(old.base, KeptBias) and not config.outside:
         return dataclasses.replace(old, base=dataclasses.replace(old.base, base=adapted(old.base.base)))
@@ -195,8 +206,15 @@ def merge(params: dict[str, Any]) -> dict[str, Any]:
         whole = kernels.with_bias(w.base, None if bias is None else bias.reshape(*stack, -1))
         folded = tree.merge({path: whole})[path]
         matrix = folded.base if isinstance(folded, Affine) else folded
-        if isinstance(folded, Affine) and bias is not None:
-            found[w.bias] = folded.bias.reshape(bias.shape)  # type: ignore[index]
+        if isinstance(folded, Affine):
+            if bias is None:
+                raise NotMergeable(
+                    f"{path}: the adapter adds a constant to every output, and the model has no bias of this parameter "
+                    "alone, added to all its products, that it could become. Train without it (lora_bias), or keep the "
+                    "adapter apart."
+                )
+            before = 0 if kernels.keeps_bias(w.base) else bias
+            found[w.bias] = (before + folded.bias.reshape(bias.shape)).astype(bias.dtype)  # type: ignore[index]
         found[path] = kernels.as_parameter(w, matrix)
     return found
 

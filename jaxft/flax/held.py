@@ -20,6 +20,8 @@ class Seen:
     uses: dict[str, set[tuple[str, Layout]]] = field(default_factory=dict)
     biases: dict[str, set[str]] = field(default_factory=dict)
     """Of a parameter in products: the parameters added to them."""
+    unbiased: set[str] = field(default_factory=set)
+    """Parameters of which a product goes into something else than such a sum."""
     elsewhere: dict[str, str] = field(default_factory=dict)
     """The first operation that used the parameter otherwise."""
 
@@ -76,6 +78,8 @@ def plain(value: Any, user: str) -> Any:
             f"goes into {user!r} first. Leave it out of targets, or choose a method that maps the weight."
         )
     if isinstance(value, Product):
+        if value.of.seen is not None:
+            value.of.seen.unbiased.add(value.of.path)
         return value.finish(None)
     if not isinstance(value, Held):
         return value

@@ -83,8 +83,9 @@ class KeptBias(Affine):
 class Kernel(Weight):
     """A weight ``base`` [*stack, in, out] in the place of a parameter whose shape is ``sizes``.
 
-    ``stack``, ``rows``, ``columns``: its `Layout`. ``use``: product, lookup or window, how the model uses it. ``bias``,
-    for methods that map the output: the path of the parameter that is added to the product and belongs in the map."""
+    ``stack``, ``rows``, ``columns``: its `Layout`. ``use``: product, lookup or window, how the model uses it. ``bias``:
+    the path of the parameter that is added to every product: what a method that maps the output must see (`KeptBias`),
+    and what a constant of the adapter is merged into; None where there is none."""
 
     base: Any = parameter()
     sizes: tuple[int, ...] = static()
@@ -106,9 +107,9 @@ class Kernel(Weight):
         return as_parameter(self, self.base)
 
 
-def make(array: Any, layout: Layout, use: str) -> Kernel:
+def make(array: Any, layout: Layout, use: str, bias: str | None) -> Kernel:
     """The parameter as it is, ready to be wrapped."""
-    return settled(Kernel(array, tuple(array.shape), layout.stack, layout.rows, layout.columns, use))
+    return settled(Kernel(array, tuple(array.shape), layout.stack, layout.rows, layout.columns, use, bias))
 
 
 def root(w: Any) -> Any:
@@ -144,6 +145,11 @@ def as_parameter(kernel: Kernel, matrix: jax.Array) -> jax.Array:
     """A matrix [*stack, in, out] in the shape of the parameter that ``kernel`` stands for."""
     order = (*kernel.stack, *kernel.rows, *kernel.columns)
     return _transposed(matrix.reshape([kernel.sizes[a] for a in order]), _inverse(order))
+
+
+def keeps_bias(w: Any) -> bool:
+    """Whether the weight maps the output, bias included."""
+    return isinstance(w, KeptBias) or (isinstance(w, Weight) and not isinstance(w, Matrix) and keeps_bias(w.base))
 
 
 def with_bias(w: Any, bias: jax.Array | None) -> Any:

@@ -58,7 +58,7 @@ def dot_general(eqn: Any, values: list[Any]) -> list[Any] | None:
 def conv_general_dilated(eqn: Any, values: list[Any]) -> list[Any] | None:
     """A convolution with features last and without groups."""
     x, h = plain(values[0], "the input of a convolution"), values[1]
-    settings, n = dict(eqn.params), x.ndim
+    settings, n = eqn.params, x.ndim
     specs = settings["dimension_numbers"]
     groups = (settings["feature_group_count"], settings["batch_group_count"])
     if not isinstance(h, Held) or h.axes is None or list(h.axes) != sorted(h.axes) or groups != (1, 1):
@@ -71,7 +71,8 @@ def conv_general_dilated(eqn: Any, values: list[Any]) -> list[Any] | None:
 
     def multiply(w: Any) -> jax.Array:
         wide = jnp.promote_types(x.dtype, out.dtype)
-        return (Windows(x.astype(wide), eqn.invars[1].aval.shape[:-1], settings) @ w).astype(out.dtype)
+        windows = Windows(x.astype(wide), eqn.invars[1].aval.shape[:-1], tuple(sorted(settings.items())))
+        return (windows @ w).astype(out.dtype)
 
     return [_finished(eqn, values, h, "window", layout, multiply, (n - 1,))]
 
@@ -108,6 +109,7 @@ def add(eqn: Any, values: list[Any]) -> list[Any] | None:
     of, dims = product.of, product.dims
     if of.seen is not None:
         of.seen.biases.setdefault(of.path, set()).add(bias.path)
+        return bind(eqn, [product.finish(None) if v is product else bias.value for v in values])
     if not of.adapted or bias.path != of.value.bias:
         return None
     others = tuple(d for d in range(len(product.shape)) if d not in dims)
@@ -130,7 +132,7 @@ def _finished(eqn: Any, values: list[Any], h: Held, use: str, layout: Layout, mu
         except TypeError as error:
             raise TypeError(f"{h.path}, used as a {use}: {error}") from error
 
-    return finish(None) if kernel.bias is None else Product(h, finish, shape, dims)
+    return Product(h, finish, shape, dims) if kernels.keeps_bias(kernel.base) else finish(None)
 
 
 def _seen(eqn: Any, values: list[Any], h: Held, use: str, layout: Layout) -> Any:

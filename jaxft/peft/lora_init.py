@@ -154,8 +154,8 @@ def quantised(site: Site, ranks: np.ndarray, scale: np.ndarray, config: LoftQ) -
     """LoftQ of all layers: (what stands in the base's place, A, B). Layers that are not adapted stay as they are."""
     if isinstance(site.base, Weight):
         raise ValueError(
-            f"peft.init: loftq quantises the matrix of {site.name.module} itself, which is a "
-            f"{type(site.base).__name__} here; expected a plain one. Load the model without quantisation."
+            f"peft.init: loftq puts a quantised matrix in the place of {site.name.module}, which is a "
+            f"{type(site.base).__name__} here; expected a plain array. In a list of methods put it first."
         )
     quantize = functools.partial(normal_float, bits=config.bits)
     bases = {}

@@ -17,7 +17,7 @@ from jaxft.flax.kernel import Kernel
 from jaxft.peft import METHODS, LoRA
 from jaxft.peft.disk import AdapterError
 from jaxft.testing import jaxprs
-from tests.flax.linen_models import CASES, Convolutions, Transformer, ids, methods_that_wrap, numbers
+from tests.flax.linen_models import CASES, Transformer, ids, methods_that_wrap, numbers
 
 KEY = jax.random.key(1)
 cases = pytest.mark.parametrize("name", CASES)
@@ -179,6 +179,29 @@ def test_a_map_on_the_output_sees_the_bias():
     chex.assert_trees_all_close(got, 2.0 * case.model.apply(plain("einmix"), case.example()), atol=1e-5)
 
 
+def test_a_constant_of_an_adapter_is_merged_into_the_bias():
+    """Alone, and on either side of a map on the output; where no bias can take it, merging is refused."""
+    case, lora = CASES["mlp"], LoRA(rank=2, lora_bias=True, targets=("twice", "join"))
+    around = METHODS["ia3"].config(targets=("twice",))
+    for methods in (lora, [lora, around], [around, lora]):
+        variables = moved(linen.adapt(case.model, plain("mlp"), KEY, methods, case.example()))
+        got = linen.apply(case.model, variables, case.example())
+        chex.assert_trees_all_close(got, merged(case.model, variables, case.example()), atol=2e-5)
+        chex.assert_trees_all_equal(linen.strip(variables), plain("mlp"))
+
+    class Sometimes(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w, b = self.param("w", nn.initializers.ones, (4, 4)), self.param("b", nn.initializers.ones, (4,))
+            return nn.tanh(x @ w + b) @ w * 2.0
+
+    for model, x, target in ((case.model, case.example(), "out"), (Sometimes(), numbers(2, 4), "w")):
+        config = LoRA(rank=2, lora_bias=True, targets=(target,))
+        variables = moved(linen.adapt(model, model.init(KEY, x), KEY, config, x))
+        with pytest.raises(NotMergeable, match=rf"{target}.*adds a constant.* no bias"):
+            linen.merge(variables)
+
+
 def test_a_training_step_moves_only_the_adapter():
     case = CASES["transformer"]
     trainable, frozen = jaxft.partition(adapted("transformer"), jaxft.trainable_mask(adapted("transformer")))
@@ -228,9 +251,11 @@ def test_the_call_is_flax_own(key):
         chex.assert_trees_all_close(got, expected, atol=1e-5)
 
 
-def test_adapter_dropout_follows_the_dropout_key(key):
-    case = CASES["mlp"]
-    variables = moved(linen.adapt(case.model, plain("mlp"), KEY, LoRA(rank=2, dropout=0.5), case.example()))
+@pytest.mark.parametrize("name", ["mlp", "convolutions"])
+def test_adapter_dropout_follows_the_dropout_key(name, key):
+    case = CASES[name]
+    config = LoRA(rank=2, dropout=0.5, targets=case.targets)
+    variables = moved(linen.adapt(case.model, plain(name), KEY, config, case.example()))
     run = functools.partial(linen.apply, case.model, variables, case.example())
     still, first, second = run(), run(rngs={"dropout": key}), run(rngs={"dropout": key})
     chex.assert_trees_all_equal(first, second)
@@ -314,10 +339,32 @@ def test_refusals():
         linen.adapt(model, variables, KEY, jaxft.peft.AdaLoRA(), x)
     with pytest.raises(ValueError, match="embed is an embedding, which VeRA cannot adapt"):
         linen.adapt(Transformer(), plain("transformer"), KEY, METHODS["vera"].config(targets=("embed",)), ids())
-    with pytest.raises(TypeError, match=r"patch/kernel.*convolution"):
-        linen.adapt(
-            Convolutions(), plain("convolutions"), KEY, LoRA(targets=("patch",), dropout=0.1), numbers(2, 6, 6, 4)
-        )
+    for init in ("eva", "corda", "loftq"):
+        with pytest.raises(ValueError, match=rf"peft.init: got '{init}'.*such as pissa"):
+            adapt(init=init)
+
+
+@pytest.mark.parametrize("method", methods_that_wrap())
+def test_every_method_on_convolutions(method):
+    """Those that only multiply their input; the others are refused by name."""
+    model, x = nn.Sequential([nn.Conv(64, (3,), strides=2)]), numbers(2, 6, 64)
+    settings = {"rank": 2} if method in ("loha", "shira") else {}
+    config, base = METHODS[method].config(targets=("layers_0",), **settings), model.init(KEY, x)
+    if method in ("oft", "boft", "hra", "lokr", "miss"):
+        with pytest.raises(TypeError, match=rf"(?i)layers_0/kernel, used as a window: {method}Weight .*leave it out"):
+            linen.adapt(model, base, KEY, config, x)
+        return
+
+    @jax.jit
+    def program(base):
+        variables = moved(linen.adapt(model, base, KEY, config, x), by=0.05)
+        mergeable = all(w.base.mergeable for w in kernels(variables).values())
+        return linen.apply(model, variables, x), merged(model, variables, x) if mergeable else None
+
+    got, plainly = program(base)
+    assert float(jnp.abs(got - model.apply(base, x)).max()) > 1e-3
+    if plainly is not None:
+        chex.assert_trees_all_close(got, plainly, rtol=1e-4, atol=1e-4)
 
 
 def test_an_example_of_another_method():

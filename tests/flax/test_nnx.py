@@ -204,12 +204,14 @@ def test_adapter_dropout_follows_train_and_eval():
     chex.assert_trees_all_close(made(x), bridge.merge(made)(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby"])
-def test_methods_inside_and_around_the_bias(method):
+@pytest.mark.parametrize(
+    "config", [METHODS[name].config for name in ("lora", "ia3", "houlsby")] + [functools.partial(LoRA, lora_bias=True)]
+)
+def test_methods_inside_and_around_the_bias(config):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
     model = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
     model.bias[...] = jnp.arange(5.0)
-    made = bridge.adapt(model, KEY, METHODS[method].config(targets=("kernel",)), x)
+    made = bridge.adapt(model, KEY, config(targets=("kernel",)), x)
     move(made)
     assert float(jnp.abs(made(x) - model(x)).max()) > 1e-3
     if made.adapters["kernel"].tree().base.mergeable:
