@@ -39,7 +39,7 @@ class Format:
     config: Callable[[Fields], Any]
     """Our config from peft's fields; which modules and layers are adapted is taken from the tensors."""
     describe: Callable[[Any], Fields]
-    """Fields of a whole leaf, the same for all of them."""
+    """Fields of a whole leaf, which all of them must agree on; None: one that this leaf has no part in."""
     suffixes: tuple[str, ...]
     """All that a tensor of one module may be called after the module's name."""
     write: Callable[[Any], Tensors]
@@ -47,9 +47,9 @@ class Format:
     read: Callable[[Any, Tensors], Any]
     """The inverse: a layer as ``config.wrap`` made it, with what was stored in place of what was drawn."""
     values: Callable[[Any], Fields] = lambda w: {}
-    """Fields of one layer that may differ by module."""
+    """Fields of one layer."""
     patterned: Mapping[str, str] = field(default_factory=dict)
-    """Of those, the field that holds the exceptions: r -> rank_pattern."""
+    """Those of them that may differ by module, and the field that holds the exceptions: r -> rank_pattern."""
     refuse: Callable[[object, Fields], None] = lambda where, config: None
     """(where, config): raises AdapterError for a value of a known field that is not understood."""
     claims: Callable[[Fields], bool] = lambda config: True
@@ -93,24 +93,27 @@ class Alone:
 def export(
     form: Format, found: dict[str, Any], params: tree.Params, names: Names, num_layers: int
 ) -> tuple[Fields, Tensors]:
-    """Config fields and tensors of the leaves ``found`` by path; ``names`` with the head's row."""
+    """Config fields and tensors of the leaves ``found`` by path; ``names`` with the head's row.
+
+    Raises AdapterError for modules of different settings where peft's config has one for all of them."""
     del params
     rows = [name for name in names if name.path in found]
     leaves = {name.path: host(found[name.path]) for name in rows}
     tensors: Tensors = dict(form.common(leaves, names))
     chosen = {path: np.asarray(w.adapted) for path, w in leaves.items()}
     values: dict[str, Fields] = {}
-    config: Fields = {}
     for name in rows:
-        config |= form.describe(leaves[name.path])
+        described = form.describe(leaves[name.path])
         for module, layer in layers_of(name, num_layers, leaves[name.path]):
             tensors |= {f"{module}.{end}": array for end, array in form.write(layer).items()}
-            values[module] = form.values(layer)
-    usual = dict(collections.Counter(tuple(v.items()) for v in values.values()).most_common(1)[0][0])
-    config |= usual
-    for key, into in form.patterned.items():
+            values[module] = described | form.values(layer)
+    config = _agreed(form, values)
+    own = tuple(form.patterned)
+    most = collections.Counter(tuple(v[key] for key in own) for v in values.values()).most_common(1)[0][0]
+    for key, usual in zip(own, most, strict=True):
         each = targets.patterns(chosen, names, num_layers, {m: v[key] for m, v in values.items()})
-        config[into] = {ending: value for ending, value in each.items() if value != usual[key]}
+        config[key] = usual
+        config[form.patterned[key]] = {ending: value for ending, value in each.items() if value != usual}
     modules, layers = targets.describe(chosen, names, num_layers, BY_INDEX in form.fields)
     config["target_modules"] = modules
     if BY_INDEX in form.fields:
@@ -118,6 +121,22 @@ def export(
     if "fan_in_fan_out" in form.fields:
         config["fan_in_fan_out"] = any(name.kind == "conv1d" for name in rows)
     return config | form.of_all(config, leaves, names), tensors
+
+
+def _agreed(form: Format, values: dict[str, Fields]) -> Fields:
+    """The fields without a pattern, which all modules must tell alike. Raises AdapterError where they do not."""
+    agreed: Fields = {}
+    said = (key for told in values.values() for key, value in told.items() if value is not None)
+    for key in dict.fromkeys(key for key in said if key not in form.patterned):
+        # a field that is not told is off; None has no part in it
+        told = [(module, value) for module, v in values.items() if (value := v.get(key, False)) is not None]
+        first, agreed[key] = told[0]
+        for module, value in told:
+            if value != agreed[key]:
+                expected = f"one value for all modules, as peft's {form.peft_type} has it"
+                got = f"{agreed[key]!r} for {first}, {value!r} for {module}"
+                raise AdapterError(key, got, expected, "Save the adapter of each on its own.")
+    return agreed
 
 
 def restore(

@@ -131,10 +131,10 @@ FORMAT = Format(
         "layers_to_transform", "layers_pattern", "n_frequency_pattern", "init_weights",
     ),
     config=config_of,
-    describe=lambda w: {"scaling": float(w.scale.max()), "random_loc_seed": w.seed},
+    describe=lambda w: {"random_loc_seed": w.seed},
     suffixes=("fourierft_spectrum",),
     write=lambda w: {"fourierft_spectrum": np.asarray(w.spectrum)[: int(w.count)]},
     read=lambda w, tensors: dataclasses.replace(w, spectrum=padded(tensors["fourierft_spectrum"], w.spectrum)),
-    values=lambda w: {"n_frequency": int(w.count)},
+    values=lambda w: {"n_frequency": int(w.count), "scaling": float(w.scale)},
     patterned={"n_frequency": "n_frequency_pattern"},
 )  # fmt: skip

@@ -51,8 +51,12 @@ def settings(config: Fields) -> dict[str, Any]:
 
 
 def describe(w: LoRAWeight) -> Fields:
-    """What all adapted modules have in common."""
-    fields: Fields = {"lora_dropout": w.rate, "init_lora_weights": True}
+    """What all adapted modules have in common; an embedding has neither dropout nor a quantised base."""
+    fields: Fields = (
+        {"lora_dropout": None, "init_lora_weights": None, "loftq_config": None}
+        if w.lookup
+        else {"lora_dropout": w.rate, "init_lora_weights": True}
+    )
     # newer fields only where they say something: an older peft refuses a field it does not know
     fields |= ({"use_rslora": True} if w.rslora else {}) | ({"lora_bias": True} if w.bias is not None else {})
     if w.loftq is not None:

@@ -148,8 +148,7 @@ def config_of(config: Fields) -> RandLora:
 
 def describe(w: RandLoraWeight) -> Fields:
     """What all adapted modules have in common."""
-    alpha = float(w.alpha.max())
-    return {"r": w.lambdas.shape[-2], "randlora_alpha": alpha, "randlora_dropout": w.rate, "save_projection": True}
+    return {"r": w.lambdas.shape[-2], "randlora_dropout": w.rate, "save_projection": True}
 
 
 FORMAT = Format(
@@ -166,6 +165,7 @@ FORMAT = Format(
     read=lambda w, tensors: dataclasses.replace(
         w, lambdas=tensors["randlora_lambda"], gammas=tensors["randlora_gamma"]
     ),
+    values=lambda w: {"randlora_alpha": float(w.alpha)},
     common=lambda found, names: dict(zip((A, B), formats.in_common(found, "a", "b"), strict=True)),
     shared=stored,
 )  # fmt: skip

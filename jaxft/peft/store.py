@@ -16,8 +16,9 @@ from jax.experimental import multihost_utils
 from jaxft.core import tree
 from jaxft.core.names import Names
 from jaxft.core.weight import PARAMETER, InPlace, Weight, role
-from jaxft.peft import disk, hf, method_of, native, places
+from jaxft.peft import METHODS, disk, hf, method_of, native, places
 from jaxft.peft.disk import AdapterError
+from jaxft.peft.formats import Format
 from jaxft.peft.trainable_tokens import TokensWeight
 
 
@@ -47,7 +48,8 @@ def save(
     _meet("save: looked")
     params = tree.map_weights(lambda path, w: _own_stacked(w), tree.dropout_keys(params, None))
     trained = _selected(params, methods)
-    other = {*_grown(params, new_tokens), *changed, *(() if base is None else native.changed(params, base))}
+    other = {*_grown(params, new_tokens), *_rebuilt(params), *changed}
+    other |= set() if base is None else native.changed(params, base)
     try:
         if trained:
             raise AdapterError(target, "plain arrays trained by a pattern", "an adapter")
@@ -101,6 +103,18 @@ def _grown(params: tree.Params, new_tokens: Collection[int]) -> set[str]:
             held |= isinstance(w, InPlace) or rows >= set(new_tokens)
             path, w = f"{path}/base", w.base
         found |= set() if held or w is None else {path}
+    return found
+
+
+def _rebuilt(params: tree.Params) -> set[str]:
+    """Paths of the bases that an adapter made anew from the model's own."""
+    forms = [method.hf for method in METHODS.values() if isinstance(method.hf, Format)]
+    found = set()
+    for path, w in tree.paths(params, inside=False):
+        while isinstance(w, Weight):
+            path = f"{path}/base"
+            found |= {path for form in forms if isinstance(w, form.leaf) and form.rebuilds(w)}
+            w = getattr(w, "base", None)
     return found
 
 
