@@ -54,7 +54,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """Training data and its held-out part."""
     peft: tuple[Choice, ...] = fields.choice(
-        "method", _METHODS, "lora", "Fine-tuning method.", several=True, load=registry.load
+        "method", _METHODS, "lora", "Fine-tuning method.", several=True, load=registry.find
     )
     """What is trained: a method and its settings, or a list of them, applied in order."""
     objective: Choice = fields.choice("name", _OBJECTIVES, "sft", "Training objective.")

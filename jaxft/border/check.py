@@ -165,18 +165,20 @@ class _Checker:
         config = self.section(alternatives.classes[name], rest, path, f"{dotted((*path, alternatives.tag))}={name}")
         return _INVALID if config is _INVALID else Choice(name, config)
 
-    def loaded(self, alternatives: Alternatives, load: Callable[[str], type], value: dict, path: KeyPath) -> Any:
+    def loaded(
+        self, alternatives: Alternatives, load: Callable[[str], tuple[str, type]], value: dict, path: KeyPath
+    ) -> Any:
         """A choice whose class is named instead of being one of the alternatives."""
         spec, here = _opened(value[MODULE]), (*path, MODULE)
         if alternatives.tag in value:
             return self.note(here, f"`{dotted(here)}`: got `{alternatives.tag}` as well; expected one of the two")
         try:
-            cls = load(str(spec))
+            spec, cls = load(str(spec))
         except ValueError as error:
             return self.note(here, f"`{dotted(here)}`: {error}")
         rest = {key: item for key, item in value.items() if key != MODULE}
         config = self.section(cls, rest, path, f"{dotted(here)}={spec}")
-        return _INVALID if config is _INVALID else Choice(str(spec), config)
+        return _INVALID if config is _INVALID else Choice(spec, config)
 
     def unknown(self, cls: type, path: KeyPath, key: str, picked: str) -> str:
         """What to say of a key that does not exist: of which alternative it is, or the nearest that does."""

@@ -36,8 +36,9 @@ class Alternatives:
     """What the tag means."""
     several: bool = False
     """Whether it is a tuple of choices: a list in a file, or a single one written as a mapping."""
-    load: Callable[[str], type] | None = None
-    """Finds a class that is none of these, named under the key ``module`` instead of the tag. Raises ValueError."""
+    load: Callable[[str], tuple[str, type]] | None = None
+    """Finds a class that is none of these, named under the key ``module`` instead of the tag; it comes with the name
+    to keep. Raises ValueError."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def choice(
     default: str,
     doc: str,
     several: bool = False,
-    load: Callable[[str], type] | None = None,
+    load: Callable[[str], tuple[str, type]] | None = None,
 ) -> Any:
     """Declares a field of type `Choice`, or `tuple[Choice, ...]` if ``several``; its default is the default
     alternative with that one's defaults."""

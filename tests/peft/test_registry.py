@@ -47,6 +47,10 @@ class Unfinished(Targeted):
     """Settings alone."""
 
 
+class Undecorated(Gain):
+    start: float = 1.0
+
+
 NOTHING = 1
 '''
 
@@ -79,7 +83,7 @@ def test_a_file_runs_again_only_when_it_has_changed(file):
     assert (before().start, after().start) == (0.0, 2.0)
     assert registry.load(f"{file}:Gain") is after
     file.write_text("nonsense(")
-    with pytest.raises(SyntaxError):
+    with pytest.raises(ValueError, match="SyntaxError"):
         registry.load(f"{file}:Gain")
     file.write_text(SOURCE)
     again = registry.load(f"{file}:Gain")
@@ -111,9 +115,10 @@ def test_it_may_stand_in_a_list(file, tmp_path):
     [
         (["peft.module=gain.py"], "expected file.py:Class"),
         (["peft.module=nowhere.py:Gain"], "no file"),
-        (["peft.module={file}:Gian"], "it has Gain, Unfinished"),
+        (["peft.module={file}:Gian"], "it has Gain, Unfinished, Undecorated"),
         (["peft.module={file}:NOTHING"], "is no method"),
         (["peft.module={file}:Unfinished"], r"is no method; expected .* has wrap\(site\)"),
+        (["peft.module={file}:Undecorated"], "Undecorated is a class without @dataclass"),
         (["peft.module=no.such:Gain"], "No module named"),
         (["peft.module={file}:Gain", "peft.method=lora"], "expected one of the two"),
         (["peft.module={file}:Gain", "peft.strat=1"], "did you mean `peft.start`"),
@@ -122,6 +127,43 @@ def test_it_may_stand_in_a_list(file, tmp_path):
 def test_refused_by_name(file, extra, said):
     with pytest.raises(ConfigError, match=said):
         config.load(None, ["model.path=x", *(word.format(file=file) for word in extra)])
+
+
+def test_a_file_is_found_from_other_folders(file, tmp_path, monkeypatch):
+    """A run keeps the whole path; a file that is gone is asked for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(config.dump(config.load(None, ["model.path=x", "peft.module=gain.py:Gain"])))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (chosen,) = config.load(tmp_path / "run.yaml").peft
+    assert chosen.name == f"{file}:Gain"
+    file.rename(tmp_path / "moved.py")
+    with pytest.raises(ConfigError, match=r"no file .*gain\.py.* say where it is now, peft\.module=FILE\.py:Gain"):
+        config.load(tmp_path / "run.yaml")
+    (chosen,) = config.load(tmp_path / "run.yaml", [f"peft.module={tmp_path / 'moved.py'}:Gain"]).peft
+    assert chosen.name == f"{tmp_path / 'moved.py'}:Gain"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("def f(:", "line 2: SyntaxError: "),
+        ("import no_such_module", "line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("import dataclasses; dataclasses.fields(1)", "line 2: TypeError: "),
+    ],
+)
+def test_a_file_that_does_not_run_is_told_with_its_line(tmp_path, line, said):
+    (tmp_path / "broken.py").write_text(f'"""A method."""\n{line}\n')
+    with pytest.raises(ConfigError) as caught:
+        config.load(None, ["model.path=x", f"peft.module={tmp_path}/broken.py:Mine"])
+    assert f"{tmp_path}/broken.py, {said}" in str(caught.value)
+
+
+def test_a_module_that_does_not_run_is_told_with_its_line(tmp_path, monkeypatch):
+    (tmp_path / "jaxft_broken.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"jaxft_broken\.py, line 1: ModuleNotFoundError: No module named 'no_such"):
+        config.load(None, ["model.path=x", "peft.module=jaxft_broken:Mine"])
 
 
 def test_installed_packages_offer_methods(file, monkeypatch):
