@@ -3,7 +3,11 @@
 It holds `config.yaml` (the whole resolved config), the metrics, checkpoints and samples.
 """
 
+import contextlib
+import fcntl
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft import config as config_
@@ -18,10 +22,44 @@ ADAPTER, WHOLE = "adapter", "model"
 """Folders in it: the adapter that came out of the run, or the whole model where all of it was trained."""
 MEMBERS = "members"
 """Folder of a sweep's members, a run's folder each but for the checkpoints, which the sweep has."""
+LOCK = ".lock"
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError if `claim` would: before anything big is read."""
+    """Raises ConfigError if `claim` or `held` would: before anything big is read."""
+    _check(config)
+    lock = Path(str(config.run_dir)) / LOCK
+    if lock.exists():
+        with lock.open() as file:
+            _take(file.fileno(), lock.parent, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder. Raises ConfigError if one is in it.
+
+    The lock is the system's: a process that is gone holds none. A file system that has no locks keeps nobody out."""
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(file, folder, fcntl.LOCK_EX)
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(file)
+
+
+def _take(file: int, folder: Path, how: int) -> None:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = (folder / LOCK).read_text(encoding="utf-8").strip() or "another process"
+        raise ConfigError(f"{folder}: {holder} is writing here; let it end, end it, or choose another folder") from None
+    except OSError:  # no locks on this file system
+        pass
+
+
+def _check(config: RunConfig) -> None:
     if config.run_dir is None:
         raise ConfigError("`run_dir` must be given: run_dir=runs/NAME")
     folder = Path(config.run_dir)
@@ -41,7 +79,7 @@ def claim(config: RunConfig) -> tuple[Path, bool]:
     A folder that has anything in it is refused unless `resume` is set and it holds a run of the same config, but for
     what may change; then the earlier config is kept as config.1.yaml, config.2.yaml, ...
     """
-    check(config)
+    _check(config)
     folder = Path(str(config.run_dir))
     resumed = _occupied(folder)
     write(config)

@@ -1,5 +1,7 @@
 """A run's folder is made, resumed or refused; never overwritten."""
 
+import os
+
 import pytest
 
 from jaxft import config, run_dir
@@ -81,3 +83,17 @@ def test_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         run_dir.claim(made(tmp_path / "run"))
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    """By whom is told; what has ended holds nothing, though its file stays."""
+    folder, _ = run_dir.claim(made(tmp_path))
+    again = made(tmp_path, "resume=true")
+    with run_dir.held(folder):
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is writing here"):
+            run_dir.check(again)
+        with pytest.raises(ConfigError, match="is writing here"), run_dir.held(folder):
+            pass
+    run_dir.check(again)
+    with run_dir.held(folder):
+        assert (folder / ".lock").exists()

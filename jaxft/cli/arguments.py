@@ -3,8 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from jaxft import recipes
+from jaxft.border.errors import ConfigError
+
+N = TypeVar("N", int, float)
 
 
 def parser(verb: str, doc: str) -> argparse.ArgumentParser:
@@ -39,6 +43,28 @@ def split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return recipes.find(words[0]), list(words[1:])
     return None, list(words)
+
+
+def numbers(flag: str, text: str, kind: type[N]) -> list[N]:
+    """The numbers of `--flag 1,2,3`. Raises ConfigError."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        such = "integers such as 0,1,2" if kind is int else "numbers such as 0.7,0.3"
+        raise ConfigError(f"{flag}: got {text!r}; expected {such}") from None
+
+
+def refuse_below(flag: str, value: int | None, least: int) -> None:
+    """Raises ConfigError for a flag's number that is too small."""
+    if value is not None and value < least:
+        raise ConfigError(f"{flag}: got {value}; expected at least {least}")
+
+
+def refuse_twice(flag: str, values: Sequence[object]) -> None:
+    """Raises ConfigError for a value that is there more than once."""
+    twice = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+    if twice:
+        raise ConfigError(f"{flag}: got {', '.join(map(str, twice))} more than once; expected each once")
 
 
 class _Help(argparse.Action):

@@ -6,6 +6,7 @@ from pathlib import Path
 from jaxft import model as model_
 from jaxft import peft
 from jaxft.border.errors import ConfigError
+from jaxft.cli import arguments as arguments_
 from jaxft.cli import target
 from jaxft.peft import merging
 
@@ -38,7 +39,7 @@ def command(args: argparse.Namespace) -> int:
     if len(bases) > 1:
         paths = ", ".join(path for path, _ in bases)
         raise ConfigError(f"the adapters name different bases: {paths}; if they are the same, say model.path=<folder>")
-    weights = _numbers(args.weights) if args.weights else None
+    weights = arguments_.numbers("--weights", args.weights, float) if args.weights else None
     options = {"density": args.density, "rank": args.rank, "sign": args.sign, "seed": args.seed}
     merging.Recipe(args.how, **options)  # refuses what makes no sense before anything is read
     model, first = target.load(found[0])
@@ -46,10 +47,3 @@ def command(args: argparse.Namespace) -> int:
     made = peft.combine([first, *others], weights, args.how, **options)
     print(f"Wrote {model_.save_adapter(model, made, args.out)}")
     return 0
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--weights: got {text!r}; expected numbers such as 0.7,0.3") from None

@@ -6,13 +6,14 @@ examples are scored beside them.
 """
 
 import argparse
+import difflib
 import json
+import math
 import os
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +25,13 @@ from rich.table import Table
 
 from jaxft import config as config_
 from jaxft import model as model_
-from jaxft import peft
+from jaxft import peft, run_dir
 from jaxft.border import check
 from jaxft.border.errors import ConfigError
 from jaxft.cli import arguments as arguments_
-from jaxft.cli import summary
+from jaxft.cli import child, summary
 from jaxft.config import RunConfig
-from jaxft.peft import budget
+from jaxft.peft import budget, registry
 
 
 @dataclass
@@ -55,17 +56,32 @@ class Plan:
     seeds: tuple[int, ...]
     lr_factors: tuple[float, ...]
     limit: int
+    budget: int | None
 
     @property
     def config(self) -> Path:
         """The file that every run starts from."""
         return self.out / "config.yaml"
 
+    @property
+    def asked(self) -> Path:
+        """The file of what was asked for on the command line and makes a run what it is."""
+        return self.out / "asked.json"
+
+    def claims(self, config: RunConfig) -> dict[Path, str]:
+        """Files that tell a comparison from another, with what is in them."""
+        asked = {"limit": self.limit, "budget": self.budget}
+        return {self.config: config_.dump(config), self.asked: json.dumps(asked)}
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the config, the methods, seeds, size, and how to run."""
     arguments_.add_config(parser)
-    parser.add_argument("--methods", metavar="A,B", help="names of methods; default: all that need no setting")
+    parser.add_argument(
+        "--methods",
+        metavar="A,B",
+        help="names of methods, and file.py:Class of your own; default: all that need no setting",
+    )
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1,2", help="train.seed of each run; default: 0,1,2")
     parser.add_argument(
         "--budget", type=int, metavar="N", help="trained parameters to match where a method can; default: rank-8 LoRA's"
@@ -87,49 +103,88 @@ def command(args: argparse.Namespace) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the device
     file, overrides = arguments_.split(args.words)
     config = config_.load(file, overrides)
+    named, plan = _methods(args.methods), _plan(args)
+    _refuse_without_held_out(config)
+    _refuse_other(plan, config)
     console = Console(highlight=False)
-    entries = [Entry("prompt"), Entry(f"{args.shots}-shot prompt", shots=args.shots)]
-    entries += methods(config, _names(args.methods), args.budget)
-    plan = Plan(
-        args.out,
-        tuple(int(seed) for seed in args.seeds.split(",")),
-        tuple(float(factor) for factor in args.lr_factors.split(",")),
-        args.limit,
-    )
-    _claim(plan, config)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for entry in pool.map(lambda entry: _runs(plan, entry), entries):
-            console.print(" | ".join(cells(entry)), markup=False)
-    rows = sorted(entries, key=lambda e: -_mean(e, "exact_match"))
-    console.print(table(rows))
-    (args.out / "table.md").write_text(markdown(rows), encoding="utf-8")
-    (args.out / "results.json").write_text(json.dumps([vars(e) for e in rows], indent=1), encoding="utf-8")
+    entries = [Entry("prompt"), *([Entry(f"{args.shots}-shot prompt", shots=args.shots)] if args.shots else [])]
+    entries += methods(config, named, args.budget)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    with run_dir.held(plan.out):
+        for path, text in plan.claims(config).items():
+            path.write_text(text, encoding="utf-8")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for entry in pool.map(lambda entry: _runs(plan, entry), entries):
+                console.print(" | ".join(cells(entry)), markup=False)
+        rows = sorted(entries, key=lambda e: -_mean(e, "exact_match"))
+        console.print(table(rows))
+        (args.out / "table.md").write_text(markdown(rows), encoding="utf-8")
+        (args.out / "results.json").write_text(json.dumps([vars(e) for e in rows], indent=1), encoding="utf-8")
     console.print(f"{args.out}/table.md, {args.out}/results.json", markup=False)
     return 1 if any(entry.problem for entry in entries) else 0
 
 
-def _claim(plan: Plan, config: RunConfig) -> None:
-    """Writes the config that all runs begin with. Raises ConfigError if the folder holds runs of another one."""
-    plan.out.mkdir(parents=True, exist_ok=True)
-    text = config_.dump(config)
-    if plan.config.exists() and plan.config.read_text(encoding="utf-8") != text:
-        raise ConfigError(f"{plan.config}: holds a comparison with other settings; choose another --out")
-    plan.config.write_text(text, encoding="utf-8")
+def _plan(args: argparse.Namespace) -> Plan:
+    """What the flags say of all runs. Raises ConfigError naming the flag that makes no sense."""
+    for flag, value, least in (("--budget", args.budget, 1), ("--jobs", args.jobs, 1)):
+        arguments_.refuse_below(flag, value, least)
+    for flag, value in (("--limit", args.limit), ("--shots", args.shots)):
+        arguments_.refuse_below(flag, value, 0)
+    seeds = arguments_.numbers("--seeds", args.seeds, int)
+    factors = arguments_.numbers("--lr-factors", args.lr_factors, float)
+    arguments_.refuse_twice("--seeds", seeds)
+    arguments_.refuse_twice("--lr-factors", factors)
+    if not all(0 < factor < math.inf for factor in factors):
+        raise ConfigError(f"--lr-factors: got {args.lr_factors}; expected positive numbers such as 0.3,1,3")
+    return Plan(args.out, tuple(seeds), tuple(factors), args.limit, args.budget)
+
+
+def _refuse_without_held_out(config: RunConfig) -> None:
+    data = config.data
+    if not (data.eval_path or data.eval_split or data.eval_fraction or data.eval_examples):
+        raise ConfigError(
+            "`data.eval_path`: methods are compared on held-out rows, and the config has none; give "
+            "data.eval_path=FILE (or data.eval_split, data.eval_fraction, data.eval_examples)"
+        )
+
+
+def _refuse_other(plan: Plan, config: RunConfig) -> None:
+    """Raises ConfigError if the folder holds runs of other settings, which would stand in the same table."""
+    if not plan.config.exists():
+        return
+    for path, text in plan.claims(config).items():
+        found = path.read_text(encoding="utf-8") if path.exists() else ""
+        if found != text:
+            what = f": {found or 'nothing'}, now {text}" if path == plan.asked else ""
+            raise ConfigError(f"{path}: holds a comparison with other settings{what}; choose another --out")
 
 
 ASKING = ("adapter", "trainable_tokens")
 """Methods that cannot be compared until a setting says on what: an earlier adapter, which tokens."""
 
 
-def _names(text: str | None) -> list[str]:
-    names = [name for name in peft.METHODS if name not in ASKING] if text is None else text.split(",")
-    unknown = [name for name in names if name not in peft.METHODS]
-    if unknown:
-        raise ConfigError(f"--methods: got {', '.join(unknown)}; expected some of {', '.join(peft.METHODS)}")
-    return names
+def _methods(text: str | None) -> dict[str, type]:
+    """The configs of the methods to compare, by name; one of the user's own is a file.py:Class, or what an installed
+    package offers. Raises ConfigError."""
+    known = registry.installed() | {name: method.config for name, method in peft.METHODS.items()}
+    if text is None:
+        return {name: cls for name, cls in known.items() if name in peft.METHODS and name not in ASKING}
+    found: dict[str, type] = {}
+    for name in text.split(","):
+        if name not in known and ":" not in name:
+            meant = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, known, 1))
+            raise ConfigError(f"--methods: got {name!r}; expected file.py:Class, or some of {', '.join(known)}{meant}")
+        try:
+            spec, cls = (name, known[name]) if name in known else registry.find(name)
+        except ValueError as error:
+            raise ConfigError(f"--methods: {str(error).removeprefix('peft.module: ')}") from None
+        if spec in found:
+            raise ConfigError(f"--methods: got {name} more than once; expected each once")
+        found[spec] = cls
+    return found
 
 
-def methods(config: RunConfig, names: Sequence[str], wanted: int | None) -> list[Entry]:
+def methods(config: RunConfig, named: Mapping[str, type], wanted: int | None) -> list[Entry]:
     """An entry for each method, its size set to the budget; settings of the config's own method are kept.
 
     The config's learning rate is that of its own method; the others' are in proportion to their defaults."""
@@ -140,15 +195,20 @@ def methods(config: RunConfig, names: Sequence[str], wanted: int | None) -> list
     if wanted is None:
         wanted = budget.count(base, peft.LoRA(rank=8))
     entries = []
-    for name in names:
-        start = own.get(name, peft.METHODS[name].config())
+    for spec, cls in named.items():
+        module = ":" in spec
+        name = spec.rpartition(":")[2] if module else spec
+        if any(entry.name == name for entry in entries):
+            raise ConfigError(f"--methods: got two of the name {name}; give one of the classes another name")
         try:
-            settings, parameters = budget.fit(base, name, start, wanted)
-        except ValueError as error:
+            start = own[spec] if spec in own else cls()
+            settings, parameters = budget.fit(base, spec, start, wanted)
+        except (ValueError, TypeError) as error:
             entries.append(Entry(name, {}, problem=str(error)))
             continue
-        lr = scale * peft.METHODS[name].lr
-        entries.append(Entry(name, {"method": name, **check.plain(settings)}, parameters, lr))
+        lr = scale * peft.method_of(settings).lr
+        section = {check.MODULE if module else "method": spec, **check.plain(settings)}
+        entries.append(Entry(name, section, parameters, lr))
     return entries
 
 
@@ -173,15 +233,15 @@ def _done(entry: Entry, runs: list[dict[str, float] | str]) -> Entry:
 
 def _run(plan: Plan, entry: Entry, seed: int, lr: float) -> dict[str, float] | str:
     """What one run reached, or what went wrong; kept in a file, so that it is run once."""
-    folder = plan.out / entry.name.replace(" ", "_") / f"seed{seed}-lr{lr:.2g}"
+    folder = plan.out / entry.name.replace(" ", "_") / f"seed{seed}-lr{lr:.6g}"
     kept, log = folder.with_name(f"{folder.name}.json"), folder.with_name(f"{folder.name}.log")
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     with log.open("w", encoding="utf-8") as said:
-        command = [sys.executable, "-m", "jaxft", *_command(plan, entry, seed, lr, folder)]
-        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=said, text=True, check=False)
+        command = _command(plan, entry, seed, lr, folder)
+        process = subprocess.run(child.command(command), stdout=subprocess.PIPE, stderr=said, text=True, check=False)
         said.write(process.stdout)
     if process.returncode:
         return f"exit code {process.returncode}, see {log}"

@@ -4,6 +4,7 @@ With `--sweep` it is many runs at once (`sweep`).
 """
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -71,27 +72,28 @@ def run(config: RunConfig) -> int:
     del base  # the job holds of it what it needs, once
 
     folder, _ = run_dir.claim(config)
-    result = loop.fit(
-        job.step,
-        job.state,
-        job.frozen,
-        job.loader,
-        folder,
-        job.record,
-        Settings(config.train, config.eval, config.checkpoint, config.log),
-        steps=material.steps,
-        place=mesh_.placer(mesh),
-        evaluators=job.evaluators(folder),
-        averaged=job.optimizer.averaged,
-        epoch_steps=material.train.batches_per_epoch,
-        flops_per_token=job.flops,
-        read=job.read,
-    )
-    if result.exit_code:
-        console.print(f"Interrupted and saved. Go on: jaxft train {folder / run_dir.CONFIG} --resume")
-        return result.exit_code
-    trained = job.optimizer.averaged(result.state.opt_state, result.state.trainable)
-    job.finish(result, trained, folder)
+    with run_dir.held(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+        result = loop.fit(
+            job.step,
+            job.state,
+            job.frozen,
+            job.loader,
+            folder,
+            job.record,
+            Settings(config.train, config.eval, config.checkpoint, config.log),
+            steps=material.steps,
+            place=mesh_.placer(mesh),
+            evaluators=job.evaluators(folder),
+            averaged=job.optimizer.averaged,
+            epoch_steps=material.train.batches_per_epoch,
+            flops_per_token=job.flops,
+            read=job.read,
+        )
+        if result.exit_code:
+            console.print(f"Interrupted and saved. Go on: jaxft train {folder / run_dir.CONFIG} --resume")
+            return result.exit_code
+        trained = job.optimizer.averaged(result.state.opt_state, result.state.trainable)
+        job.finish(result, trained, folder)
     return 0
 
 

@@ -32,7 +32,8 @@ SIZED_BY: dict[str, str] = {
     "prefix_tuning": "tokens",
     "p_tuning_v2": "tokens",
 }
-"""The setting that scales each method; one that is not here has the size it has, or grows a prompt out of reason."""
+"""The setting that scales each method; one that is not here has the size it has, or grows a prompt out of reason. A
+method from outside the package is scaled by its ``rank``, if it has one."""
 
 VALUES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 
@@ -61,12 +62,14 @@ def fit(model: Any, name: str, config: Any, budget: int) -> tuple[Any, int]:
     """The config with its size set so that its parameters come nearest (by ratio) to the budget, and their number.
 
     A method without such a setting, or of a size that was not asked for, is returned as it is."""
-    if name not in SIZED_BY:
+    own = "rank" if name not in peft.METHODS and "rank" in {f.name for f in dataclasses.fields(config)} else None
+    field = SIZED_BY.get(name, own)
+    if field is None:
         return config, count(model, config)
     best: tuple[float, Any, int] | None = None
     for value in VALUES:
         try:
-            trial = dataclasses.replace(config, **{SIZED_BY[name]: value})
+            trial = dataclasses.replace(config, **{field: value})
             found = count(model, trial)
         except ValueError:  # a size that does not fit this model
             continue
@@ -74,5 +77,5 @@ def fit(model: Any, name: str, config: Any, budget: int) -> tuple[Any, int]:
         if best is None or distance < best[0]:
             best = (distance, trial, found)
     if best is None:
-        raise ValueError(f"peft.{SIZED_BY[name]}: no value from {VALUES[0]} to {VALUES[-1]} fits this model")
+        raise ValueError(f"peft.{field}: no value from {VALUES[0]} to {VALUES[-1]} fits this model")
     return best[1], best[2]

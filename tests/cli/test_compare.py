@@ -1,12 +1,17 @@
 """`jaxft compare`: sizes match, runs are kept, failures are told, the table says what was measured."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from subprocess import CompletedProcess
 
 import jax
 import pytest
 
-from jaxft import config, peft, recipes
+from jaxft import config, peft, recipes, run_dir
 from jaxft.cli import compare
 from jaxft.peft import budget
 from tests.cli.conftest import ASSETS
@@ -63,7 +68,7 @@ def test_runs_are_made_once_and_told(capsys, tiny, tmp_path, monkeypatch):
 
 def test_all_methods_are_those_that_need_no_setting():
     """By default every method is compared but those that must be told a path or tokens."""
-    names = compare._names(None)
+    names = compare._methods(None)
     assert set(peft.METHODS) - set(names) == {"adapter", "trainable_tokens"}
     entries = compare.methods(
         config.load(recipes.find("quickstart"), [f"model.path={ASSETS / 'tiny'}"]), names, 196_608
@@ -71,6 +76,75 @@ def test_all_methods_are_those_that_need_no_setting():
     assert [(entry.name, entry.problem) for entry in entries if entry.problem] == []
 
 
-def test_unknown_methods_are_refused(capsys, tiny):
-    code, _, err = jaxft(capsys, "compare", f"model.path={tiny}", "--methods", "lora,lokii")
-    assert code == 2 and "lokii" in err
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "lora,lokii"], "--methods: got 'lokii'"),
+        (["--methods", "lora,lora"], "--methods: got lora more than once"),
+        (["--methods", "no.py:Mine"], "--methods: no file"),
+        (["--budget", "0"], "--budget: got 0; expected at least 1"),
+        (["--budget", "-5"], "--budget: got -5"),
+        (["--jobs", "0"], "--jobs: got 0"),
+        (["--limit", "-1"], "--limit: got -1"),
+        (["--shots", "-1"], "--shots: got -1"),
+        (["--seeds", "a"], "--seeds: got 'a'; expected integers"),
+        (["--seeds", "0,0"], "--seeds: got 0 more than once"),
+        (["--lr-factors", "x"], "--lr-factors: got 'x'; expected numbers"),
+        (["--lr-factors", "1,0"], "--lr-factors: got 1,0; expected positive numbers"),
+        (["data.eval_path=null"], "give data.eval_path=FILE"),
+    ],
+)
+def test_refusals(capsys, tmp_path, words, said):
+    out = ["--out", tmp_path / "out"]
+    code, _, err = jaxft(capsys, "compare", recipes.find("quickstart"), *words, *out)
+    assert code == 2 and said in err and "Traceback" not in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_is_of_one_limit_and_budget(capsys, tmp_path, monkeypatch):
+    """Learning rates that are near to each other are runs of their own."""
+    monkeypatch.setattr(compare.subprocess, "run", lambda *a, **k: CompletedProcess(a, 1, stdout=""))
+    quickstart = recipes.find("quickstart")
+    words = ["compare", quickstart, f"model.path={ASSETS / 'tiny'}", "--methods", "ia3", "--out", tmp_path / "out"]
+    assert jaxft(capsys, *words, "--lr-factors", "1,1.01")[0] == 1
+    assert len([log for log in (tmp_path / "out" / "ia3").iterdir() if log.name.startswith("seed0-")]) == 2
+    assert jaxft(capsys, *words, "--seeds", "0")[0] == 1
+    for other in (["--limit", "3"], ["--budget", "5000"]):
+        code, _, err = jaxft(capsys, *words, *other)
+        assert code == 2 and "other settings" in err and "asked.json" in err, err
+    with run_dir.held(tmp_path / "out"):
+        code, _, err = jaxft(capsys, *words)
+    assert code == 2 and "is writing here" in err
+
+
+def test_a_method_of_ones_own(tmp_path, monkeypatch):
+    """Named by its file or as an installed package offers it, and sized by its rank."""
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom jaxft.peft import LoRA, Targeted\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Mine(Targeted):\n    rank: int = 2\n\n"
+        "    def wrap(self, site):\n        return LoRA(rank=self.rank, alpha=1).wrap(site)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    named = compare._methods("ia3,mine.py:Mine")
+    settings = config.load(recipes.find("quickstart"), [f"model.path={ASSETS / 'tiny'}", "peft=ia3"])
+    ia3, mine = compare.methods(settings, named, 200_000)
+    assert (mine.name, mine.problem, ia3.problem) == ("Mine", "", "") and mine.settings is not None
+    assert mine.settings["module"] == f"{tmp_path}/mine.py:Mine" and abs(mine.parameters - 200_000) < 50_000
+    monkeypatch.setattr(compare.registry, "installed", lambda: {"mine": named[f"{tmp_path}/mine.py:Mine"]})
+    (entry,) = compare.methods(settings, compare._methods("mine"), 200_000)
+    assert entry.settings and entry.settings["method"] == "mine" and entry.parameters == mine.parameters
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child of its parent's end")
+def test_a_child_ends_with_its_parent():
+    """It waits for its standard input, which stays open, as does its output until it has ended."""
+    start = "import subprocess; from jaxft.cli import child; subprocess.run(child.command(['generate', 'x']))"
+    kept, given = os.pipe()
+    parent = subprocess.Popen([sys.executable, "-c", start], stdin=kept, stdout=subprocess.PIPE)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not children.read_text():
+        time.sleep(0.01)
+    parent.kill()
+    parent.communicate(timeout=60)
+    os.close(kept)
+    os.close(given)
