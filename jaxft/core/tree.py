@@ -154,6 +154,7 @@ def merge(params: Params) -> Params:
     def fold(path: str, w: Any) -> Any:
         if not isinstance(w, Weight):
             return w
+        w = w.followed() if isinstance(w, weights.Untied) else w
         w = _rebuild(w, lambda f, v: fold(f"{path}/{f.name}", v))
         if isinstance(w, Head) and not isinstance(w.base, Weight):
             return jnp.swapaxes(w.base, -1, -2)

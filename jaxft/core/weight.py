@@ -90,6 +90,10 @@ class Weight:
         """The same adapter doing nothing in any layer."""
         return dataclasses.replace(self, gate=jnp.zeros_like(self.gate))  # type: ignore[type-var]
 
+    def upon(self, base: Any) -> "Weight":
+        """The same map around another base."""
+        return dataclasses.replace(self, base=base)  # type: ignore[type-var]
+
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """``x``: [..., in] -> [..., out], in the dtype of ``x``."""
         raise NotImplementedError
@@ -238,7 +242,8 @@ class InPlace(Weight):
 class Untied(Weight):
     """An embedding ``base`` and the tied ``head`` it no longer equals, both [vocab, features].
 
-    What is left of a tied embedding when an adapter that changed only the look-up is merged: on disk, two tensors.
+    What is left of a tied embedding when an adapter that changed only the look-up is merged: on disk, two tensors. An
+    adapted head reads the embedding by a `Transposed`, and what the look-up has become where ``base.tied`` is True.
     """
 
     base: Any = parameter()
@@ -252,7 +257,12 @@ class Untied(Weight):
         return self.base.take(ids) if isinstance(self.base, Weight) else self.base[ids]
 
     def unembed(self, x):
-        return _unembed(self.head, x)
+        return _unembed(self.followed().head, x)
+
+    def followed(self) -> "Untied":
+        """The same with the head on the look-up as it is now, if it follows that."""
+        follows = isinstance(self.base, Weight) and self.base.tied
+        return dataclasses.replace(self, head=_upon(self.head, self.base)) if follows else self
 
     def dense(self):
         return self.base.dense() if isinstance(self.base, Weight) else self.base
@@ -305,6 +315,11 @@ class Slot(Weight):
 
     def axes(self, names: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:  # all whole on every device
         return {f.name: () for f in dataclasses.fields(self) if role(f) != STATIC}  # type: ignore[arg-type]
+
+
+def _upon(head: Any, lookup: Any) -> Any:
+    """An adapted head with ``lookup`` in place of the embedding that it reads."""
+    return Transposed(lookup) if type(head) is Transposed else head.upon(_upon(head.base, lookup))
 
 
 def plain(w: Any) -> Any:

@@ -78,6 +78,9 @@ class DoRAWeight(LoRAWeight):
     magnitude: Any = trainable(default=None)
     norms: jax.Array | None = None
 
+    def upon(self, base):
+        return dataclasses.replace(self, base=base, norms=None)
+
     def _norms(self, dtype: Any) -> jax.Array:
         """The norms of V's columns, float32[*stack, out], a constant to differentiation.
 

@@ -65,7 +65,7 @@ def export(
     for fields, more, these in (
         whole_hf.export(params, names, num_layers, written),
         whole_hf.export_biases(where, params, names, num_layers, found),
-        tokens_hf.export_beside(params, names) if tokens_hf.INDICES in form.fields else ({}, {}, []),
+        tokens_hf.export_beside(where, params, names) if tokens_hf.INDICES in form.fields else ({}, {}, []),
     ):
         config |= fields
         tensors |= more
@@ -74,7 +74,10 @@ def export(
         raise AdapterError(where, "trained biases", f"none: peft's {form.peft_type} has no such setting")
     if isinstance(form, Alone) and not form.saves and config.pop("modules_to_save"):
         raise AdapterError(where, "modules trained whole", f"none: peft's {form.peft_type} has no such setting")
-    config |= {"ensure_weight_tying": True} if places.follows(params, names) and not _tokens(params, names) else {}
+    if places.follows(params, names) and not _tokens(params, names):
+        if places.HEAD in found and places.HEAD not in params:
+            raise AdapterError(where, "an adapted head that follows an adapted embedding", "one of the two adapted")
+        config["ensure_weight_tying"] = True
     _refuse_rest(where, params, written)
     return config, tensors, README.format(base="{base}", method=method)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
-from jaxft.core.weight import Affine, Head, Transposed, Untied, Weight
+from jaxft.core.weight import Affine, Head, InPlace, Transposed, Untied, Weight
 
 TOKENS, HEAD = "embed/tokens", "head"
 
@@ -31,8 +31,12 @@ def is_tied_head(params: tree.Params, name: Name) -> bool:
 
 def head_follows(params: tree.Params, name: Name, ensure_weight_tying: bool) -> bool | None:
     """Whether the head tied to this weight follows what is trained; None if no head is tied to it."""
-    tied = name.path == TOKENS and HEAD not in params and not isinstance(tree.get(params, TOKENS), Untied)
-    return ensure_weight_tying if tied else None
+    if name.path != TOKENS or HEAD in params:
+        return None
+    tokens = tree.get(params, TOKENS)
+    if isinstance(tokens, Untied):
+        return True if ensure_weight_tying and _reads_embedding(tokens.head) else None
+    return ensure_weight_tying
 
 
 def get(params: tree.Params, name: Name) -> Any:
@@ -69,25 +73,37 @@ def wrap(params: tree.Params, name: Name, fn: Callable[[Any], Any], outside: boo
         if outside:
             return tree.replace(params, name.path, fn(tree.get(params, name.path)))
         return tree.wrap(params, name.path, fn)
-    tokens = _untied(params)
-    base = tokens.head.base if isinstance(tokens.head, Head) else Transposed(tokens.head)
-    return tree.replace(params, TOKENS, dataclasses.replace(tokens, head=Head(fn(base))))
+    head = _head(params)
+    return _put_head(params, Head(fn(head.base if isinstance(head, Head) else Transposed(head))))
 
 
 def wrap_head(params: tree.Params, fn: Callable[[Any], Any]) -> tree.Params:
     """Replaces a tied head, [vocab, features], by ``fn(weight)``."""
-    tokens = _untied(params)
-    return tree.replace(params, TOKENS, dataclasses.replace(tokens, head=fn(tokens.head)))
+    return _put_head(params, fn(_head(params)))
 
 
-def _untied(params: tree.Params) -> Untied:
-    """The embedding beside the head that is about to differ from it."""
+def _head(params: tree.Params) -> Any:
+    """A tied head as it is: the embedding's own array, or what has taken its place."""
     tokens = tree.get(params, TOKENS)
-    if isinstance(tokens, Untied):
-        return tokens
-    bare = tree.strip(tokens)
-    # an adapter of the look-up no longer has a head to think of
-    return Untied(bare if tokens is bare else dataclasses.replace(tokens, tied=None), bare)
+    return tokens.head if isinstance(tokens, Untied) else tree.strip(tokens)
+
+
+def _put_head(params: tree.Params, head: Any) -> tree.Params:
+    """Puts a head beside the embedding; an adapter of the look-up keeps in mind only one that reads the embedding."""
+    tokens = tree.get(params, TOKENS)
+    lookup = tokens.base if isinstance(tokens, Untied) else tokens
+    adapts = isinstance(lookup, Weight) and lookup.adapter
+    if adapts and not (lookup.tied and _reads_embedding(head)):
+        lookup = dataclasses.replace(lookup, tied=None)  # type: ignore[type-var]
+    return tree.replace(params, TOKENS, Untied(lookup, head))
+
+
+def _reads_embedding(head: Any) -> bool:
+    """Whether an adapted head stands on the embedding itself, and not on a matrix of its own."""
+    if type(head) is Transposed:
+        return not (isinstance(head.base, Weight) and head.base.adapter)
+    adapted = isinstance(head, Weight) and (isinstance(head, Head) or head.adapter) and not isinstance(head, InPlace)
+    return adapted and _reads_embedding(head.base)
 
 
 def put(params: tree.Params, name: Name, weight: Any) -> tree.Params:

@@ -22,12 +22,18 @@ BESIDE, ROWS = "token_adapter.", "trainable_tokens_delta"
 INDICES = "trainable_token_indices"
 
 
-def export_beside(params: tree.Params, names: Names) -> tuple[Fields, Tensors, list[Weight]]:
-    """The fields and tensors beside a LoRA, and the weights that they are of."""
+def export_beside(where: object, params: tree.Params, names: Names) -> tuple[Fields, Tensors, list[Weight]]:
+    """The fields and tensors beside a LoRA, and the weights that they are of.
+
+    Raises AdapterError for a tied head of its own that would follow the tokens in peft."""
     found = _found(params, names)
     if not found:
         return {}, {}, []
     ids = {name: _ids(w) for name, w in found}
+    tied = places.HEAD not in params and found[0][0].path == places.TOKENS and not found[0][1].tied
+    if tied and (len(found) == 1 or _ids(found[0][1]) == _ids(found[1][1])):
+        got = "trained tokens of an embedding whose tied head has been replaced"
+        raise AdapterError(where, got, "a head that follows them, or other tokens of its own")
     only = [name.path for name, _ in found] == [places.TOKENS]
     fields = {INDICES: next(iter(ids.values())) if only else {targets.ending(n, names): i for n, i in ids.items()}}
     return fields, {f"{n.module}.{BESIDE}{ROWS}": disk.host(w.rows) for n, w in found}, [w for _, w in found]
@@ -89,10 +95,10 @@ def restore(where: object, config: Fields, tensors: Tensors, params: tree.Params
 def _restore(
     where: object, tensors: Tensors, params: tree.Params, rows: dict[str, Name], chosen: dict[str, Any], infix: str
 ) -> tree.Params:
-    """Trains the tokens ``chosen`` by path; with equal ones a tied head follows its embedding."""
+    """Trains the tokens ``chosen`` by path; with equal ones, in one order, a tied head follows its embedding."""
     tied = places.HEAD not in params
     head = chosen.get(places.HEAD)
-    follows = places.TOKENS in chosen and (head is None or sorted(head) == sorted(chosen[places.TOKENS]))
+    follows = places.TOKENS in chosen and (head is None or list(head) == list(chosen[places.TOKENS]))
     for path, ids in chosen.items():
         if tied and follows and path == places.HEAD:
             continue

@@ -35,9 +35,9 @@ def wrap(params: tree.Params, name: Name, tied: bool, layers: np.ndarray | None 
     old = tree.get(params, name.path)
     if name.kind == "norm":
         return tree.replace(params, name.path, {field: in_place(v, None, layers) for field, v in old.items()})
-    if isinstance(old, Untied):
-        return tree.wrap(params, name.path, in_place)
     follows = places.head_follows(params, name, tied)
+    if isinstance(old, Untied):
+        return tree.wrap(params, name.path, lambda w: in_place(w, follows))
 
     def under(w: Any) -> Any:
         outer: Any = w

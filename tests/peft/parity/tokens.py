@@ -24,6 +24,11 @@ CASES = {
         lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=list(SEEN)),
         models=("llama", "llama_tied"),
     ),
+    "tokens and lora of the head": Case(
+        [TrainableTokens(tokens=SEEN), LoRA(rank=2, targets=("q_proj", "lm_head"))],
+        lambda: peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], trainable_token_indices=list(SEEN)),
+        models=("llama", "llama_tied"),
+    ),
     "tokens of the head too, and lora": Case(
         [TrainableTokens(tokens=SEEN, head=True), LoRA(rank=2, targets=("q_proj",), bias="all")],
         lambda: peft.LoraConfig(
