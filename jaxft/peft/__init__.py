@@ -97,7 +97,7 @@ class Method:
     adapt: Callable[..., tree.Params] = sites.adapt
     """(params, names, key, config) -> params; by default ``config.wrap`` at every weight that the config selects."""
     settle: Callable[[Any, Any], Any] = lambda config, model: config
-    """(config, model) -> the config with what it leaves to the model (its tokenizer, its new tokens) filled in."""
+    """(config, model) -> the config with what it leaves to the model (its family, tokenizer, new tokens) filled in."""
     select: Callable[[Any], str | None] = lambda config: None
     """The pattern of plain arrays that train besides the method's own fields."""
     groups: Callable[[Any], dict[str, float]] = lambda config: {}
@@ -135,7 +135,7 @@ METHODS: dict[str, Method] = {
         hf=tokens_hf.FORMAT,
     ),
     "adapter": Method(Adapter, lr=2e-4, adapt=stacked.adapt),
-    "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, hf=ia3.FORMAT),
+    "ia3": Method(ia3.IA3, lr=5e-3, adapt=ia3.adapt, settle=ia3.settle, hf=ia3.FORMAT),
     "prompt_tuning": Method(prompt_tuning.PromptTuning, lr=3e-2, hf=prompt_tuning.FORMAT),
     "multitask_prompt_tuning": Method(
         multitask_prompt_tuning.MultitaskPromptTuning, lr=3e-2, hf=multitask_prompt_tuning.FORMAT

@@ -25,15 +25,18 @@ from jaxft.peft.formats import Fields, Format
 from jaxft.peft.sites import Site, Targeted
 
 FEEDFORWARD = r"(.*\.)?(down_proj|mlp\.c_proj|dense_4h_to_h)"
-ATTENTION = r"(.*\.)?(k_proj|v_proj|qkv_proj|c_attn|query_key_value)"
+KEYS = rf"(.*\.)?(k_proj|v_proj|qkv_proj|c_attn|query_key_value)|{FEEDFORWARD}"
+QUERIES = rf"(.*\.)?(q_proj|v_proj)|{FEEDFORWARD}"
+SCALE_QUERIES = ("gemma2", "gemma3_text", "qwen2", "qwen3")  # families in which peft scales queries instead of keys
 
 
 @dataclass(frozen=True)
 class IA3(Targeted):
     """Infused adapter by inhibiting and amplifying inner activations. Default learning rate 5e-3."""
 
-    targets: str | tuple[str, ...] = f"{ATTENTION}|{FEEDFORWARD}"
-    """Modules to adapt; default: keys, values (fused projections where a model has them) and the down projection."""
+    targets: str | tuple[str, ...] = KEYS
+    """Modules to adapt; default: keys, values (fused projections where a model has them) and the down projection, as in
+    the paper; of gemma2, gemma3_text, qwen2 and qwen3, as in peft, queries instead of keys."""
     feedforward: str | tuple[str, ...] = FEEDFORWARD
     """Of the targets, those whose input is scaled instead of the output: names, or a full-match regex."""
 
@@ -48,6 +51,13 @@ class IA3(Targeted):
         feedforward = hits == {True}
         scale = jnp.ones((*site.layers.shape, site.shape[0 if feedforward else 1]))
         return IA3Weight(site.base, scale, site.gate, feedforward)
+
+
+def settle(config: IA3, model: Any) -> IA3:
+    """The config with the default targets of the model's family."""
+    family = getattr(getattr(model, "config", None), "family", None)
+    by_default = config.targets == KEYS and family in SCALE_QUERIES
+    return dataclasses.replace(config, targets=QUERIES) if by_default else config
 
 
 def adapt(params: tree.Params, names: Names, key: jax.Array, config: IA3) -> tree.Params:

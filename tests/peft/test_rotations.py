@@ -13,12 +13,13 @@ import pytest
 import torch
 from peft.tuners.boft import layer as peft_boft
 from peft.tuners.oft.layer import OFTLayer
+from peft.utils import constants
 
 from jaxft import peft as jaxft_peft
 from jaxft.core import tree
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine
-from jaxft.peft import BOFT, HRA, IA3, OFT, RoAd, boft, hra, oft
+from jaxft.peft import BOFT, HRA, IA3, OFT, RoAd, boft, hra, oft, targets
 from jaxft.peft.disk import AdapterError
 from tests.peft import gradients, pairs
 
@@ -193,17 +194,25 @@ def test_merging_keeps_the_matrix_beside_a_large_bias():
     np.testing.assert_allclose(merged.bias, b * scaled.scale, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name, attention, feedforward", [
-    ("qwen2", {"attn/k", "attn/v"}, {"mlp/down"}),
-    ("gpt2", {"attn/qkv"}, {"mlp/down"}),
-    ("phi3", {"attn/qkv"}, {"mlp/down"}),
-    ("gpt_neox", {"attn/qkv"}, {"mlp/down"}),
-])  # fmt: skip
-def test_default_targets_of_ia3(name, attention, feedforward):
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox"])
+def test_default_targets_of_ia3_are_those_of_peft(name):
+    attention, feedforward = default_targets(name)
+    kind = pairs.torch_model(name).config.model_type
+    assert feedforward == set(constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind])
+    assert attention | feedforward == set(constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[kind])
+
+
+def test_default_targets_of_ia3_in_a_family_that_peft_does_not_list():
+    assert default_targets("phi3") == ({"qkv_proj"}, {"down_proj"})
+
+
+def default_targets(name):
+    """Modules whose output is scaled, and those whose input is."""
     params = jaxft_peft.adapt(pairs.model(name), jax.random.key(0), IA3())
-    found = {path: w for path, w in tree.paths(params, inside=False) if isinstance(w, jaxft_peft.ia3.IA3Weight)}
-    assert {path.removeprefix("layers/") for path, w in found.items() if not w.feedforward} == attention
-    assert {path.removeprefix("layers/") for path, w in found.items() if w.feedforward} == feedforward
+    rows = pairs.ours(name).names
+    found = {row: w for row in rows if isinstance(w := tree.get(params, row.path), jaxft_peft.ia3.IA3Weight)}
+    endings = {targets.ending(row, rows): w.feedforward for row, w in found.items()}
+    return {e for e, feedforward in endings.items() if not feedforward}, {e for e, hit in endings.items() if hit}
 
 
 WRONG = {
