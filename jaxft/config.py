@@ -3,6 +3,7 @@
 This file only composes them. A field's meaning is the docstring under it, which `--help` and the schema show.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,8 +84,11 @@ class RunConfig:
 
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a YAML file (none: the defaults) and `key=value` overrides. Raises ConfigError."""
-    config = check.build(RunConfig, reading.read(file, overrides))
+    """The config of a YAML file (none: the defaults) and `key=value` overrides. Raises ConfigError.
+
+    A method or module among the overrides stands in place of the file's; settings of the file that it does not have
+    are left out, which a line on stderr says."""
+    config = check.build(RunConfig, reading.read(file, overrides), lambda line: print(line, file=sys.stderr))
     if config.run_dir is None:
         config = replace(config, run_dir=f"runs/{Path(file).stem if file else 'run'}")
     return config

@@ -77,6 +77,19 @@ def test_run_dir_is_named_after_the_config(tmp_path):
         ("peft.ranks=8", "did you mean `peft.rank`?"),
         ("peft.rank=0", "peft.rank: got 0"),
         ("train.accumulate=0", "train.accumulate: got 0"),
+        ("train.steps=0", "train.steps: got 0; expected at least 1"),
+        ("train.epochs=0", "train.epochs: got 0"),
+        ("optim.lr=-1", "optim.lr: got -1.0; expected a finite number, at least 0"),
+        ("optim.lr=.nan", "optim.lr: got nan"),
+        ("optim.betas=[0.9, 1]", "optim.betas: got (0.9, 1.0)"),
+        ("optim.clip_norm=0", "optim.clip_norm: got 0"),
+        ("optim.warmup_ratio=2", "optim.warmup_ratio: got 2"),
+        ("log.every=0", "log.every: got 0"),
+        ("eval.every=0", "eval.every: got 0"),
+        ("checkpoint.every=0", "checkpoint.every: got 0"),
+        ("peft.0.rank=3", "`peft` is a mapping and no list, which has no index: leave the 0 out"),
+        ("peft={method: adapter, path: a,b=c}", "`peft.b=c` is no key"),
+        ("peft={method: adapter, path: a,b=c}", "inside {...} a text with a comma or a colon is put in quotes"),
         ("optim.betas=[0.9]", "`optim.betas`: expected a list of 2: a number, a number or null, got the list [0.9]"),
     ],
 )
@@ -84,6 +97,38 @@ def test_messages(override, message):
     with pytest.raises(ConfigError) as caught:
         config.load(None, ["model.path=tiny", override])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_method_takes_the_place_of_a_files(method, tmp_path, capsys):
+    """Settings of the file that it does not have are left out, and told; those of the command line never are."""
+    said = {"adapter": ["peft.path=x"], "last_layers": ["peft.n=1"]}.get(method, [])
+    loaded = config.load(recipes.find("quickstart"), [f"peft.method={method}", *said])
+    assert loaded.peft[0].name == method
+    told = capsys.readouterr().err
+    has_alpha = "alpha" in [field.name for field in fields.fields(METHODS[method].config)]
+    assert told.count("\n") == (not has_alpha) and (": `peft.alpha` left out" in told) == (not has_alpha)
+
+
+def test_what_a_file_says_of_another_method(tmp_path, capsys):
+    file, own = tmp_path / "run.yaml", tmp_path / "own.py"
+    own.write_text(
+        "from dataclasses import dataclass\nfrom jaxft.peft import IA3\n\n\n"
+        '@dataclass(frozen=True, kw_only=True)\nclass Own(IA3):\n    gain: float = 1.0\n    """A gain."""\n'
+    )
+    file.write_text("model: {path: x}\npeft: {method: lora, alpha: 32, layers: [1]}\n")
+    (chosen,) = config.load(file, [f"peft.module={own}:Own"]).peft
+    assert (chosen.value.gain, chosen.value.layers) == (1.0, (1,)) and "`peft.alpha`" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"`peft.alpha` is no key of peft.module"):
+        config.load(file, [f"peft.module={own}:Own", "peft.alpha=3"])
+    file.write_text(f"model: {{path: x}}\npeft: {{module: '{own}:Own', gain: 2, layers: [1]}}\n")
+    (chosen,) = config.load(file, ["peft.method=lora"]).peft
+    assert (chosen.name, chosen.value.layers) == ("lora", (1,)) and "`peft.gain`" in capsys.readouterr().err
+    file.write_text("model: {path: x}\npeft: {method: lora, alhpa: 32}\n")
+    with pytest.raises(ConfigError, match=r"did you mean `peft.alpha`"):
+        config.load(file, ["peft.method=lora"])
+    with pytest.raises(ConfigError, match=r"expected one of the two"):
+        config.load(file, ["peft.method=lora", f"peft.module={own}:Own"])
 
 
 def test_schema_and_checker_name_the_same_keys():

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from jaxft.border import fields as fields_
+from jaxft.border import reading
 from jaxft.border.errors import ConfigError
 from jaxft.border.fields import Alternatives, Choice, Field
 from jaxft.border.reading import KeyPath, Source, Typed, dotted
@@ -27,9 +28,11 @@ MODULE = "module"
 _INVALID: Any = object()  # a value that could not be built; its problem is already noted
 
 
-def build(cls: type[T], source: Source) -> T:
-    """The dataclass that `source` describes. Raises ConfigError with one line per problem."""
-    checker = _Checker(cls, source)
+def build(cls: type[T], source: Source, tell: Callable[[str], None] = lambda line: None) -> T:
+    """The dataclass that `source` describes. Raises ConfigError with one line per problem.
+
+    ``tell`` is given a line for what the command line has made meaningless in the file."""
+    checker = _Checker(cls, source, tell)
     built = checker.section(cls, source.values, ())
     if checker.problems:
         raise ConfigError("\n".join(checker.problems))
@@ -44,8 +47,8 @@ def _adapter(annotation: Any) -> pydantic.TypeAdapter:
 class _Checker:
     """One pass over one source, noting problems."""
 
-    def __init__(self, root: type, source: Source) -> None:
-        self.root, self.source, self.problems = root, source, list[str]()
+    def __init__(self, root: type, source: Source, tell: Callable[[str], None]) -> None:
+        self.root, self.source, self.tell, self.problems = root, source, tell, list[str]()
 
     def note(self, path: KeyPath, message: str) -> Any:
         place = self.source.place(path)
@@ -64,7 +67,10 @@ class _Checker:
         known = {field.name: field for field in fields_.fields(cls)}
         for key in values:
             if key not in known:
-                self.note((*path, key), self.unknown(cls, path, str(key), picked))
+                message = self.unknown(cls, path, str(key), picked)
+                if values[key] is None and self.source.place((*path, key)) == reading.TYPED:
+                    message += "; inside {...} a text with a comma or a colon is put in quotes"
+                self.note((*path, key), message)
         built = {
             name: self.value(field, values[name], (*path, name))
             if name in values
@@ -146,8 +152,11 @@ class _Checker:
         value = _opened(value)
         if isinstance(value, str):
             value = {alternatives.tag: value}
+        instead = ""
+        if isinstance(value, dict):
+            value, instead = _other_choice(alternatives, value)
         if isinstance(value, dict) and alternatives.load is not None and MODULE in value:
-            return self.loaded(alternatives, alternatives.load, value, path)
+            return self.loaded(alternatives, alternatives.load, value, path, instead)
         if not isinstance(value, dict):
             names = ", ".join(alternatives.classes)
             return self.note(
@@ -161,14 +170,20 @@ class _Checker:
                 f"`{dotted(here)}`: expected one of {', '.join(alternatives.classes)}; got {show(name)}"
                 + _meant(difflib.get_close_matches(str(name), alternatives.classes, 1, 0.5)),
             )
+        cls, picked = alternatives.classes[name], f"{dotted((*path, alternatives.tag))}={name}"
         rest = {key: item for key, item in value.items() if key != alternatives.tag}
-        config = self.section(alternatives.classes[name], rest, path, f"{dotted((*path, alternatives.tag))}={name}")
+        config = self.section(cls, self.kept(cls, rest, path, picked, instead), path, picked)
         return _INVALID if config is _INVALID else Choice(name, config)
 
     def loaded(
-        self, alternatives: Alternatives, load: Callable[[str], tuple[str, type]], value: dict, path: KeyPath
+        self,
+        alternatives: Alternatives,
+        load: Callable[[str], tuple[str, type]],
+        value: dict,
+        path: KeyPath,
+        instead: str,
     ) -> Any:
-        """A choice whose class is named instead of being one of the alternatives."""
+        """A choice whose class is named instead of being one of the alternatives; ``instead``: of what (see `kept`)."""
         spec, here = _opened(value[MODULE]), (*path, MODULE)
         if alternatives.tag in value:
             return self.note(here, f"`{dotted(here)}`: got `{alternatives.tag}` as well; expected one of the two")
@@ -176,9 +191,19 @@ class _Checker:
             spec, cls = load(str(spec))
         except ValueError as error:
             return self.note(here, f"`{dotted(here)}`: {error}")
-        rest = {key: item for key, item in value.items() if key != MODULE}
-        config = self.section(cls, rest, path, f"{dotted(here)}={spec}")
+        rest, picked = {key: item for key, item in value.items() if key != MODULE}, f"{dotted(here)}={spec}"
+        config = self.section(cls, self.kept(cls, rest, path, picked, instead), path, picked)
         return _INVALID if config is _INVALID else Choice(spec, config)
+
+    def kept(self, cls: type, values: dict, path: KeyPath, picked: str, instead: str) -> dict:
+        """The settings without those of the file that belong to the choice that the command line has replaced."""
+        known = _keys(cls) if instead else list(values)
+        left = [key for key in values if key not in known and not self.source.typed((*path, key))]
+        if left:
+            keys = ", ".join(f"`{dotted((*path, key))}`" for key in left)
+            where = self.source.place((*path, left[0]))
+            self.tell(f"{where}: {keys} left out: no setting of {picked}, which stands in place of {instead}")
+        return {key: value for key, value in values.items() if key not in left}
 
     def unknown(self, cls: type, path: KeyPath, key: str, picked: str) -> str:
         """What to say of a key that does not exist: of which alternative it is, or the nearest that does."""
@@ -186,6 +211,8 @@ class _Checker:
         here = dotted((*path, key))
         message = f"`{here}` is no key" + (f" of {picked}" if picked else "")
         owners = [alternative for p, alternative in every if p == here and alternative]
+        if key.isdigit() and path:
+            return f"{message}; `{dotted(path)}` is a mapping and no list, which has no index: leave the {key} out"
         if owners:
             return f"{message}; it belongs to {' and '.join(owners)}"
         siblings = [dotted((*path, name)) for name in difflib.get_close_matches(key, _keys(cls), 1, 0.6)]
@@ -194,6 +221,23 @@ class _Checker:
         leaf = [p for p, _ in every if difflib.SequenceMatcher(None, p.rsplit(".", 1)[-1], key).ratio() > 0.8]
         guess = siblings or elsewhere or leaf[:1] or near
         return message + (_meant(guess) or f"; its keys are {_names(cls)}")
+
+
+def _other_choice(alternatives: Alternatives, value: dict) -> tuple[dict, str]:
+    """A choice's mapping, and what the file chose where the command line chooses something else ("" where not).
+
+    The command line's tag takes the place of a file's module, and the other way round."""
+    ways = [key for key in (alternatives.tag, MODULE) if isinstance(value.get(key), Typed)]
+    if len(ways) != 1 or (MODULE in value and alternatives.load is None):
+        return value, ""
+    way, other = ways[0], alternatives.tag if ways[0] == MODULE else MODULE
+    if other in value:
+        return {key: item for key, item in value.items() if key != other}, f"{other}={value[other]}"
+    before = value[way].before
+    if before is None and way == MODULE:
+        return value, alternatives.default
+    before = before or alternatives.default
+    return value, "" if before == value[way].value else str(before)
 
 
 def _keys(cls: type) -> list[str]:

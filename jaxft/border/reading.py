@@ -6,7 +6,7 @@ scalars follow YAML 1.2: `1e-4` is a number (PyYAML reads text), `no` and `on` a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,8 @@ import yaml
 from jaxft.border.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
+TYPED = "command line"
+"""The place of what is no file's."""
 
 _BOOL = "tag:yaml.org,2002:bool"
 _INT = "tag:yaml.org,2002:int"
@@ -65,6 +67,8 @@ class Typed:
 
     value: Any
     text: str
+    before: Any = None
+    """What the file has there."""
 
 
 @dataclass
@@ -73,6 +77,12 @@ class Source:
 
     values: Any = field(default_factory=dict)
     places: dict[KeyPath, str] = field(default_factory=dict)
+
+    def typed(self, path: KeyPath) -> bool:
+        """Whether the value at `path`, or part of it, is from the command line."""
+        return self.place(path) == TYPED or any(
+            place == TYPED for known, place in self.places.items() if known[: len(path)] == path
+        )
 
     def place(self, path: KeyPath) -> str:
         """Where the value at `path`, or what encloses it, was written; empty if nowhere."""
@@ -163,14 +173,15 @@ def _lay_over(source: Source, override: str) -> None:
         value = text  # not YAML: plain text with a colon or a bracket in it
     for known in [known for known in source.places if known[: len(path)] == path]:
         del source.places[known]
-    source.places[path] = "command line"
+    source.places[path] = TYPED
     _set(source.values, path, Typed(value, text))
 
 
 def _set(here: Any, path: KeyPath, value: Typed, depth: int = 0) -> None:
     key = _key(here, path[depth], path, depth)
     if depth == len(path) - 1:
-        here[key] = value
+        before = here.get(key) if isinstance(here, dict) else here[key]
+        here[key] = replace(value, before=before.before if isinstance(before, Typed) else before)
         return
     below = here.get(key) if isinstance(here, dict) else here[key]
     below = below.value if isinstance(below, Typed) else below

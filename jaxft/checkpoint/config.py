@@ -15,3 +15,9 @@ class CheckpointConfig:
     """How many of the best, by ``eval.metric``, to keep besides; one is saved whenever it improves. 0: none."""
     asynchronous: bool = True
     """Whether training goes on while a checkpoint is written."""
+
+    def __post_init__(self) -> None:
+        for field, least in (("every", 1), ("keep_last", 0), ("keep_best", 0)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise ValueError(f"checkpoint.{field}: got {value}; expected at least {least}")

@@ -49,7 +49,9 @@ def find(
 ) -> list[Target]:
     """The weights of these kinds that ``targets`` selects; ``saved`` modules are trained whole and so never adapted.
 
-    Raises ValueError naming each target that selects nothing."""
+    Raises ValueError naming each target that selects nothing, and each layer that the model does not have."""
+    if any(not 0 <= index < num_layers for index in layers or ()):
+        raise ValueError(f"peft.layers: got {list(layers or ())}; expected indices from 0 to {num_layers - 1}")
     targets = targets if isinstance(targets, str) else tuple(targets)
     each = (
         of_row(name, num_layers, targets, exclude=exclude, layers=layers, saved=saved, kinds=kinds) for name in names

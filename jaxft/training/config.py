@@ -1,8 +1,10 @@
 """The `train`, `eval`, `log` and `optim` sections. Light: reading a config loads neither optax nor orbax."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,11 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite (each is skipped) after which the run stops."""
 
     def __post_init__(self) -> None:
-        for field in ("batch", "accumulate", "max_nonfinite"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"train.{field}: got {getattr(self, field)}; expected at least 1")
+        for field in ("batch", "accumulate", "max_nonfinite", "steps"):
+            _refuse(self, "train", field, lambda value: value >= 1, "at least 1")
+        _refuse(self, "train", "epochs", lambda value: value > 0, "a number above 0")
+        for field in ("neftune_alpha", "prefetch"):
+            _refuse(self, "train", field, lambda value: value >= 0, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,12 @@ class EvalConfig:
     min_delta: float = 0.0
     """Improvement smaller than this does not count for ``patience``."""
 
+    def __post_init__(self) -> None:
+        for field in ("every", "batches", "patience"):
+            _refuse(self, "eval", field, lambda value: value >= 1, "at least 1, or null")
+        for field in ("samples", "exact_match", "min_delta"):
+            _refuse(self, "eval", field, lambda value: value >= 0, "at least 0")
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -79,6 +89,9 @@ class LogConfig:
     """Run name there. Default: the name of the run's folder."""
     progress: bool = True
     """Whether to show progress: a bar in a terminal, a line now and then elsewhere."""
+
+    def __post_init__(self) -> None:
+        _refuse(self, "log", "every", lambda value: value >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -115,3 +128,21 @@ class OptimConfig:
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the first moment (adamw, lion, muon, sgd). Second moments are float32 always: bfloat16 cannot hold their
     slow averages."""
+
+    def __post_init__(self) -> None:
+        for field in ("lr", "warmup_steps", "weight_decay", "min_lr_ratio"):
+            _refuse(self, "optim", field, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+        for field in ("warmup_ratio", "decay_ratio"):
+            _refuse(self, "optim", field, lambda value: 0 <= value <= 1, "a share, from 0 to 1")
+        _refuse(
+            self, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "decay rates from 0 to below 1"
+        )
+        for field in ("eps", "clip_norm"):
+            _refuse(self, "optim", field, lambda value: value > 0, "a number above 0")
+
+
+def _refuse(section: Any, name: str, field: str, fine: Callable[[Any], bool], expected: str) -> None:
+    """Raises ValueError for a value (None is fine) that makes no sense."""
+    value = getattr(section, field)
+    if value is not None and not fine(value):
+        raise ValueError(f"{name}.{field}: got {value}; expected {expected}")
