@@ -318,7 +318,7 @@ def test_steps_or_epochs():
     for config, known, message in (
         (TrainConfig(steps=3, epochs=1.0), 7, "got steps=3 and epochs=1.0; expected one of the two"),
         (TrainConfig(), None, "the length of the data is not known; give train.steps"),
-        (TrainConfig(steps=0), 7, "got 0 steps"),
+        (TrainConfig(), 0, "got 0 steps"),
     ):
         with pytest.raises(ValueError, match=message):
             loop.total_steps(config, known)
