@@ -23,7 +23,7 @@ from jaxft.model import Model
 from jaxft.models import flops, slots
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
-from jaxft.peft import native
+from jaxft.peft import native, store
 from jaxft.rollout import members, score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
@@ -97,9 +97,13 @@ def statistics(config: RunConfig, base: Model, prepared: Prepared, how: Executio
 def adapted(
     config: RunConfig, base: Model, statistics: dict[str, Any] | None = None
 ) -> tuple[tree.Params, tree.Params, tree.Params]:
-    """The methods applied to the base: parameters, what of them trains, and the default learning rate of that."""
+    """The methods applied to the base: parameters, what of them trains, and the default learning rate of that.
+
+    Raises AdapterError for what could not be saved once it is trained."""
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    return peft.adapt_for_training(base, key, [choice.value for choice in config.peft], statistics)
+    made = peft.adapt_for_training(base, key, [choice.value for choice in config.peft], statistics)
+    store.check("peft", tree.dropout_keys(made[0], None), base.names, base.config.num_layers)
+    return made
 
 
 def split(config: RunConfig, base: Model, mesh: Mesh | None, statistics: dict[str, Any] | None = None) -> Split:

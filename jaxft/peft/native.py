@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,22 @@ def export(where: object, params: tree.Params, trained: set[str], methods: Seque
 
     ``trained``: paths of the model's own arrays that are no longer what they were; ``methods``: the configs, told
     for the reader. Raises AdapterError for a field that cannot be written down."""
-    tensors: Tensors = {}
-    writer = _Writer(where, trained, tensors)
-    found = {path: writer.describe(path, w, False) for path, w in tree.paths(params, inside=False)}
-    leaves = {path: described for path, described in found.items() if not _is_base(described)}
+    leaves, tensors = describe(where, params, trained)
     if not leaves:
         remedy = "Save weights trained whole with jaxft.save_hf(model, jaxft.merge(params), directory)."
         raise AdapterError(where, "parameters without an adapter", "an adapter", remedy)
     config = {"peft_type": PEFT_TYPE, "format": VERSION, "methods": [_method(m) for m in methods], "leaves": leaves}
     return config, {f"/{path}": disk.host(array) for path, array in tensors.items()}
+
+
+def describe(
+    where: object, params: tree.Params, trained: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The description of each place that differs from the base, and the arrays to store, by path: see `export`."""
+    tensors: dict[str, Any] = {}
+    writer = _Writer(where, trained, tensors)
+    found = {path: writer.describe(path, w, False) for path, w in tree.paths(params, inside=False)}
+    return {path: described for path, described in found.items() if not _is_base(described)}, tensors
 
 
 def changed(params: tree.Params, base: tree.Params) -> set[str]:
@@ -101,7 +108,7 @@ def _array(a: Any) -> str:
 @dataclasses.dataclass(frozen=True)
 class _Writer:
     where: object
-    trained: set[str]
+    trained: Collection[str]
     tensors: dict[str, Any]
     shared: dict[Any, str] = dataclasses.field(default_factory=dict)
     """Contents of the arrays in common: the path that each was first found at."""
@@ -163,9 +170,9 @@ class _Writer:
             return [self._static(path, part) for part in value]
         if value is None or isinstance(value, bool | int | float | str):
             return value
-        raise AdapterError(
-            f"{self.where}: {path}", f"a {type(value).__name__}", "static fields of numbers, texts and tuples of them"
-        )
+        remedy = "A file cannot hold it: keep its name there, and look it up by that name where it is used."
+        expected = "static fields of numbers, texts and tuples of them"
+        raise AdapterError(f"{self.where}: {path}", f"a {type(value).__name__}", expected, remedy)
 
 
 def restore(where: Path, config: dict[str, Any], tensors: Tensors, params: tree.Params) -> tree.Params:

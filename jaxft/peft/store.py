@@ -65,6 +65,17 @@ def save(
     return target
 
 
+def check(where: object, params: tree.Params, names: Names, num_layers: int) -> None:
+    """Raises AdapterError, naming the field, where ``params`` hold what `save` could not write: writes nothing."""
+    try:
+        native.describe(where, params)
+    except AdapterError as error:
+        try:
+            hf.export(where, params, names, num_layers)
+        except AdapterError:
+            raise error from None
+
+
 def load(params: tree.Params, names: Names, num_layers: int, directory: str | os.PathLike[str]) -> tree.Params:
     """The parameters with an adapter on them, made by peft or by `save`; the base's buffers are shared.
 

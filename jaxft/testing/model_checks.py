@@ -4,7 +4,9 @@ A check gets a `Trial`, a tiny random decoder with the method on it, and raises 
 """
 
 import functools
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +22,13 @@ from jaxft.models import decoder, families, init, slots
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES
+from jaxft.peft import disk, store
+from jaxft.peft.disk import AdapterError
 from jaxft.rollout import generate, score
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
-from jaxft.testing.claims import arrays, require, same
+from jaxft.testing.claims import Broken, arrays, require, same
 from jaxft.training import optim, state, step
 from jaxft.training.config import OptimConfig
 
@@ -223,6 +227,33 @@ def many_adapters_are_one_vmap(t: Trial) -> None:
         same(got[i], alone, f"adapter {i} in a vmap and alone", MODEL)
 
 
+def saved_and_loaded_it_is_the_same(t: Trial) -> None:
+    """Saved and loaded it is the same, bit for bit, and what only a training step needs is not stored."""
+    if not tree.adapters(t.params):  # its arrays are those of a model, and saved as one
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stored = _save(t, tree.dropout_keys(t.params, jax.random.key(3)), folder)
+        loaded = store.load(base().params, base().names, base().config.num_layers, folder)
+        want = tree.dropout_keys(t.params, None)
+        if jax.tree.structure(loaded) == jax.tree.structure(want):
+            same(loaded, want, "loaded and saved", 0)
+        else:  # peft keeps what an encoder makes of its numbers, not the encoder
+            same(logp(loaded, t.batch), logp(want, t.batch), "log-probabilities loaded and saved", MODEL)
+            require(_save(t, loaded, folder) == stored, "loaded and saved again it is stored as other numbers")
+
+
+def _save(t: Trial, params: tree.Params, folder: str) -> bytes:
+    """The tensors of an adapter, as they are stored in ``folder``."""
+    model, methods = base(), t.methods
+    try:
+        store.save(
+            params, model.names, model.config.num_layers, folder, methods=methods, base=model.params, overwrite=True
+        )
+    except AdapterError as error:
+        raise Broken(f"it cannot be saved: {str(error).replace(folder, 'the adapter')}") from None
+    return (Path(folder) / disk.WEIGHTS).read_bytes()
+
+
 CHECKS: tuple[Callable[[Trial], None], ...] = (
     starts_as_the_base,
     every_trained_array_has_a_gradient,
@@ -234,4 +265,5 @@ CHECKS: tuple[Callable[[Trial], None], ...] = (
     generation_equals_recomputation,
     a_mesh_changes_nothing,
     many_adapters_are_one_vmap,
+    saved_and_loaded_it_is_the_same,
 )

@@ -150,3 +150,34 @@ def test_factors_that_begin_from_data(capsys, words, tiny, tmp_path):
     written = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert written["rank_pattern"], "ranks have moved between layers"
     assert abs(torch_logits(tiny, run / "adapter") - torch_logits(tiny)).max() > 1e-2
+
+
+METHOD = """
+from dataclasses import dataclass
+import jax.numpy as jnp
+from jaxft.core.weight import Weight, parameter, static, trainable, weight
+from jaxft.peft import Targeted
+
+@dataclass(frozen=True)
+class Curved(Targeted):
+    def wrap(self, site):
+        return CurvedWeight(site.base, jnp.zeros((*site.layers.shape, site.shape[1])), site.gate)
+
+@weight
+class CurvedWeight(Weight):
+    base: object = parameter()
+    by: object = trainable()
+    gate: object
+    f: object = static(default=jnp.tanh)
+
+    def __rmatmul__(self, x):
+        return x @ self.base + self.f(self.gate * self.by).astype(x.dtype)
+"""
+
+
+def test_what_could_not_be_saved_is_not_trained(capsys, words, tmp_path):
+    (tmp_path / "curved.py").write_text(METHOD)
+    code, _, err = jaxft(capsys, *words, f"peft.module={tmp_path / 'curved.py'}:Curved")
+    assert code == 1
+    assert "layers/attn/k/f: got a PjitFunction; expected static fields of numbers" in err and "keep its name" in err
+    assert not (tmp_path / "run").exists()

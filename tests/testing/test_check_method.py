@@ -1,5 +1,6 @@
 """`check_method` says what is wrong with a wrong method, and nothing of a right one."""
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft import testing
-from jaxft.core.weight import Weight, parameter, trainable, weight
+from jaxft.core.weight import Weight, parameter, static, trainable, weight
 from jaxft.peft import Targeted
-from jaxft.testing import structure_checks, weight_checks
+from jaxft.testing import model_checks, structure_checks, weight_checks
+from jaxft.testing.claims import Broken
+from jaxft.testing.model_checks import Trial
 from jaxft.testing.subject import Subject
 
 
@@ -74,9 +77,14 @@ class ArrayLikeGain(GainWeight):
         return self.base
 
 
+@weight
+class FunctionGain(GainWeight):
+    f: Any = static(default=jnp.tanh)
+
+
 FAULTS = {
     "dense": DenseGain, "dtype": PromotingGain, "stuck": StuckGain, "curved": CurvedGain, "array": ArrayLikeGain,
-    "ungated": UngatedGain,
+    "ungated": UngatedGain, "function": FunctionGain,
 }  # fmt: skip
 CAUGHT = {
     "start": (weight_checks.identity_at_initialisation, "base"),
@@ -98,6 +106,14 @@ def test_a_fault_is_found_and_said(fault):
     with pytest.raises(AssertionError, match=words):
         check(Subject(testing.rows(config)[row]))
     check(Subject(testing.rows(dataclasses.replace(config, fault=""))[row]))
+
+
+def test_what_cannot_be_saved_is_found():
+    for fault in ("function", ""):
+        trial = Trial(Gain(fault=fault))
+        trial.params = trial.fresh[0]  # no need to train
+        with pytest.raises(Broken, match="f: got a PjitFunction") if fault else contextlib.nullcontext():
+            model_checks.saved_and_loaded_it_is_the_same(trial)
 
 
 def test_the_report_lists_every_failure(monkeypatch):
