@@ -133,7 +133,7 @@ class OptimConfig:
         for field in ("lr", "warmup_steps", "weight_decay", "min_lr_ratio"):
             _refuse(self, "optim", field, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
         for field in ("warmup_ratio", "decay_ratio"):
-            _refuse(self, "optim", field, lambda value: 0 <= value <= 1, "a share, from 0 to 1")
+            _refuse(self, "optim", field, lambda value: 0 <= value <= 1, "a share of the run, 0 to 1")
         _refuse(
             self, "optim", "betas", lambda value: all(0 <= beta < 1 for beta in value), "decay rates from 0 to below 1"
         )

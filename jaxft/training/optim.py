@@ -223,6 +223,4 @@ def _check(config: OptimConfig) -> Kind:
         raise ValueError(
             f"optim.schedule: got {config.schedule!r}; schedule_free averages instead of decaying: leave it out"
         )
-    if not 0.0 <= config.warmup_ratio <= 1.0:
-        raise ValueError(f"optim.warmup_ratio: got {config.warmup_ratio}; expected a share of the run, 0 to 1")
     return kind
