@@ -1,6 +1,7 @@
 """What the verbs' command lines share: `CONFIG.yaml key=value ...`, and help that lists the config's keys."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -46,12 +47,15 @@ def split(words: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def numbers(flag: str, text: str, kind: type[N]) -> list[N]:
-    """The numbers of `--flag 1,2,3`. Raises ConfigError."""
+    """The numbers of `--flag 1,2,3`, all finite. Raises ConfigError."""
     try:
-        return [kind(part) for part in text.split(",")]
+        found = [kind(part) for part in text.split(",")]
     except ValueError:
+        found = []
+    if not found or not all(map(math.isfinite, found)):
         such = "integers such as 0,1,2" if kind is int else "numbers such as 0.7,0.3"
-        raise ConfigError(f"{flag}: got {text!r}; expected {such}") from None
+        raise ConfigError(f"{flag}: got {text!r}; expected {such}")
+    return found
 
 
 def refuse_below(flag: str, value: int | None, least: int) -> None:

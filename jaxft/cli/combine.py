@@ -31,7 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Loads the base and its adapters, combines them, writes."""
     overrides = [word for word in args.words if "=" in word and not Path(word).exists()]
-    found = [target.find(word, overrides) for word in args.words if word not in overrides]
+    # As stored unless asked otherwise: a module trained whole counts from the base, and its rounding would be added.
+    dtype = [] if any(word.startswith("model.dtype=") for word in overrides) else ["model.dtype=auto"]
+    found = [target.find(word, [*dtype, *overrides]) for word in args.words if word not in overrides]
     for name, one in zip(args.words, found, strict=False):
         if one.adapter is None:
             raise ConfigError(f"{name}: expected the folder of an adapter, or of a run that made one")

@@ -3,10 +3,12 @@
 Adapters may have different ranks, targets and layers. LoRA is merged in the ways of `merging` (AdaLoRA as the LoRA that
 it equals). Of other methods there is only the exact sum: a method names the fields that its update is `linear` in, and
 a weighted sum of updates is that of these fields where all others are equal. A weight trained whole counts from its
-original. Whatever has no such sum is refused by name.
+original. A list of methods that add their updates independently is summed part by part. Whatever has no such sum is
+refused by name.
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,11 +23,14 @@ from jaxft.core import weight as weights_
 from jaxft.core.weight import Head, InPlace, Slot, Transposed, Untied, Weight
 from jaxft.peft import adalora_hf, disk, formats, lora_hf, merging
 from jaxft.peft.adalora import AdaLoRAWeight
+from jaxft.peft.bitfit import BiasedWeight
 from jaxft.peft.lora import LoRAWeight
 from jaxft.peft.lora_fa import LoRAFAWeight
 from jaxft.peft.merging import Recipe, Update
 
 LOW_RANK = (LoRAWeight, LoRAFAWeight, AdaLoRAWeight)
+INDEPENDENT = (*LOW_RANK, BiasedWeight)
+"""Those whose update is the same whatever they stand on."""
 Mine = list[tuple[Any, float]]
 """The adapters at one place, each with its weight."""
 
@@ -61,7 +66,11 @@ def combine(
     given = [1.0] * len(adapted) if weights is None else [float(w) for w in weights]
     if not adapted or len(given) != len(adapted):
         raise ValueError(f"weights: got {len(given)} for {len(adapted)} adapters; expected one each")
+    if not all(map(math.isfinite, given)):
+        raise ValueError(f"weights: got {', '.join(map(str, given))}; expected finite numbers")
     stacked = [tree.stack_layers(params) for params in adapted]
+    for i, params in enumerate(stacked, 1):
+        _refuse_not_finite(f"adapter {i} of {len(stacked)}", params)
     leaves = [dict(tree.paths(params, inside=False)) for params in stacked]
     apart = sorted({path for found in leaves for path in found} - set.intersection(*map(set, leaves)))
     if apart:
@@ -69,9 +78,22 @@ def combine(
     widths = [w.a.shape[-1] for params in stacked for w in tree.adapters(params) if isinstance(w, LOW_RANK)]
     job = _Job(Recipe(how, density, rank, sign, seed), given, rank or max(widths, default=1))
     out = stacked[0]
-    for path in leaves[0]:
-        out = tree.replace(out, path, _joined(job, path, [found[path] for found in leaves]))
+    with np.errstate(over="ignore", invalid="ignore"):  # refused below, by name
+        for path in leaves[0]:
+            out = tree.replace(out, path, _joined(job, path, [found[path] for found in leaves]))
+    _refuse_not_finite(f"the sum with weights {', '.join(map(str, given))}", out)
     return out
+
+
+def _refuse_not_finite(what: str, params: tree.Params) -> None:
+    """Raises ValueError if an adapter holds numbers that are not finite. The base is not looked at."""
+    base = {id(a) for a in jax.tree.leaves(tree.strip(params))}
+    for path, a in tree.arrays(params):
+        if id(a) not in base and jnp.issubdtype(a.dtype, jnp.inexact) and not bool(jnp.isfinite(a).all()):
+            raise ValueError(
+                f"{path}: {what} has numbers that are not finite; expected finite ones. Inspect the adapters (jaxft "
+                "inspect), and go back to a checkpoint from before training diverged."
+            )
 
 
 @dataclass(frozen=True)
@@ -87,9 +109,10 @@ class _Job:
 def _joined(job: _Job, path: str, ws: list[Any]) -> Any:
     """One weight for those that the adapted models have at one place."""
     ws = _alike(path, ws)
-    on = [isinstance(w, Weight) and w.adapter for w in ws]
-    if any(on):
-        bases = [_base(path, w) if hit else w for w, hit in zip(ws, on, strict=True)]
+    depths = [_depth(w) for w in ws]
+    if max(depths):
+        on = [depth == max(depths) for depth in depths]
+        bases = [_base(job, path, w) if hit else w for w, hit in zip(ws, on, strict=True)]
         mine = [(w, weight) for w, weight, hit in zip(ws, job.weights, on, strict=True) if hit]
         return _summed(job, path, _joined(job, path, bases), mine)
     first = ws[0]
@@ -108,13 +131,23 @@ def _joined(job: _Job, path: str, ws: list[Any]) -> Any:
     return dataclasses.replace(first, **made)  # type: ignore[type-var]
 
 
-def _base(path: str, w: Any) -> Any:
-    """What an adapter stands on. Raises ValueError for another adapter, and for one that stands on nothing."""
+def _depth(w: Any) -> int:
+    """How many adapters stand on one another."""
+    if not isinstance(w, Weight) or not w.adapter:
+        return 0
+    return 1 if isinstance(w, Slot) else 1 + _depth(w.base)
+
+
+def _base(job: _Job, path: str, w: Any) -> Any:
+    """What an adapter stands on. Raises ValueError for one that stands on nothing, and for another adapter unless the
+    two add their updates independently, so that a sum of both is both sums."""
     if isinstance(w, Slot):
         raise ValueError(f"{path}: {type(w).__name__} is no map on a weight, so it has no sum")
-    if isinstance(w.base, Weight) and w.base.adapter:
+    if _depth(w.base) and not (job.recipe.how == "cat" and type(w) in INDEPENDENT):
         raise ValueError(
-            f"{path}: got an adapter on an adapter; expected one. Merge the inner one into its base first."
+            f"{path}: got {type(w).__name__} on {type(w.base).__name__}, from a list of methods, with "
+            f"how={job.recipe.how}; expected one adapter at a place, or how=cat and LoRA or bitfit on another. Merge "
+            "all but one of the list into the base first."
         )
     return w.base
 

@@ -52,6 +52,7 @@ class BiasedWeight(Affine):
     bias: jax.Array = trainable()
     gate: jax.Array
     adapter: ClassVar[bool] = True
+    linear: ClassVar[tuple[str, ...]] = ("bias",)
 
     def _affine(self) -> Affine:
         return Affine(self.base, self.bias * self.gate[..., None])

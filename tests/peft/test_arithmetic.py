@@ -13,10 +13,11 @@ import torch
 
 from jaxft import peft as jaxft_peft
 from jaxft.core import tree
-from jaxft.core.weight import InPlace
+from jaxft.core.weight import Affine, InPlace
 from jaxft.peft import (
     IA3,
     AdaLoRA,
+    BitFit,
     DoRA,
     FourierFT,
     Houlsby,
@@ -175,6 +176,33 @@ def test_an_exact_sum(name):
     assert {type(w) for w in tree.adapters(made)} <= {LoRAWeight, InPlace}
 
 
+LISTS = {
+    "lora on lora": ([LoRA(rank=2, targets=("q_proj",))] * 2, LoRA(rank=3, targets=("q_proj", "v_proj"))),
+    "lora and added biases": ([LoRA(rank=2, targets=("q_proj",)), BitFit(targets=("q_proj", "up_proj"))],) * 2,
+    "in another order": (
+        [LoRA(rank=2, targets=("q_proj",)), BitFit(targets=("q_proj",))],
+        [BitFit(targets=("q_proj",)), LoRA(rank=2, targets=("q_proj",))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_are_summed_part_by_part(name):
+    adapters = [adapted(methods, seed) for seed, methods in enumerate(LISTS[name])]
+    made = tree.merge(jaxft_peft.combine(adapters, (0.5, -2.0)))["layers"]
+    base = pairs.ours("llama").params["layers"]
+    each = [tree.merge(params)["layers"] for params in adapters]
+    for path in ("attn/q", "attn/v", "mlp/up"):
+        got, start, *parts = (_affine(tree.get(layers, path)) for layers in (made, base, *each))
+        want = [b + 0.5 * (x - b) - 2.0 * (y - b) for b, x, y in zip(start, *parts, strict=True)]
+        chex.assert_trees_all_close(list(got), want, rtol=1e-5, atol=1e-5)
+
+
+def _affine(w):
+    """Matrix and bias, zero where there is none."""
+    return (w.base, w.bias) if isinstance(w, Affine) else (w, jnp.zeros(()))
+
+
 def test_embeddings_and_heads_of_a_tied_model():
     both = [
         adapted(LoRA(rank=2, targets=("embed_tokens",)), 1, "llama_tied"),
@@ -257,8 +285,18 @@ def test_what_has_no_sum_is_refused():
         jaxft_peft.combine([a, b], how="slerp")
     with pytest.raises(ValueError, match="weights: got 1 for 2 adapters"):
         jaxft_peft.combine([a, b], [1.0])
-    with pytest.raises(ValueError, match="layers/attn/q: got an adapter on an adapter"):
-        jaxft_peft.combine([adapted([LoRA(targets=("q_proj",)), LoRA(targets=("q_proj",))], 1), a])
+    with pytest.raises(ValueError, match=r"weights: got nan, 1\.0; expected finite"):
+        jaxft_peft.combine([a, b], [float("nan"), 1.0])
+    q = b["layers"]["attn"]["q"]
+    broken = tree.replace(b, "layers/attn/q", dataclasses.replace(q, b=q.b.at[1, 0, 0].set(jnp.inf)))
+    with pytest.raises(ValueError, match="layers/attn/q/b: adapter 2 of 2 has numbers that are not finite"):
+        jaxft_peft.combine([a, broken])
+    with pytest.raises(ValueError, match=r"the sum with weights 1e\+39, 1.0 has numbers that are not finite"):
+        jaxft_peft.combine([a, b], [1e39, 1.0])
+    with pytest.raises(ValueError, match=r"layers/attn/q: got LoRAWeight on LoRAWeight, from a list .*how=svd"):
+        jaxft_peft.combine([adapted([LoRA(targets=("q_proj",)), LoRA(targets=("q_proj",))], 1), a], how="svd")
+    with pytest.raises(ValueError, match=r"layers/attn/q: got VeRAWeight on LoRAWeight, from a list"):
+        jaxft_peft.scale(adapted([LoRA(targets=("q_proj",)), VeRA(rank=4, targets=("q_proj",))], 1), 2.0)
     with pytest.raises(ValueError, match="LoRAWeight and VeRAWeight; expected adapters of one method"):
         jaxft_peft.combine([a, adapted(VeRA(rank=4, targets=("q_proj",)), 1)])
     moved = jax.tree.map(lambda p: p + 1, pairs.ours("llama").params["layers"]["attn"]["k"])
