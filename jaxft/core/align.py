@@ -23,6 +23,8 @@ def stack_adapters(adapted: Sequence[Params]) -> Params:
     ``adapted``: parameters of one model with adapters of one method on them (`load_adapter`), or without. Ranks and
     targets may differ. Which row uses which is said with ``adapters=`` of `Model.logprobs` and `Model.generate`, or by
     `for_rows`; -1 is the base. The base is not copied. Raises ValueError naming what does not fit."""
+    if not adapted:
+        raise ValueError("stack_adapters: got no adapters; expected at least one")
     slots = [name for params in adapted for name, part in params.items() if isinstance(part, Slot)]
     if slots:
         raise ValueError(f"{slots[0]}: cannot be told apart by rows; expected adapters of weights alone")
@@ -36,20 +38,22 @@ def swap(params: Params, other: Params) -> Params:
 
     Both are on one base. A smaller rank is padded. Raises ValueError naming what does not fit."""
     same, fitted = align([params, other])
-    if jax.tree.structure(same) != jax.tree.structure(params) or any(
-        a.shape != b.shape for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True)
-    ):
-        raise ValueError(
-            "swap: the other adapter has a larger rank or more targets than the one it is to replace; expected at most "
-            "the same. Begin with the largest: its programs serve the others too."
-        )
+    sizes, wanted = ({path: a.shape for path, a in tree.arrays(p)} for p in (params, same))
+    for path in wanted:
+        if path not in sizes or wanted[path] != sizes[path]:
+            more = f"a larger rank ({wanted[path]} for {sizes[path]})" if path in sizes else "more targets"
+            raise ValueError(
+                f"swap: {path}: the other adapter has {more} than the one it is to replace; expected at most the same. "
+                "Begin with the largest: its programs serve the others too."
+            )
     return fitted
 
 
 def align(members: Sequence[Params], trained: Collection[str] = ()) -> list[Params]:
     """The same structure and shapes for all: ranks padded, and an adapter that does nothing where one has none.
 
-    ``trained``: paths of the model's own arrays that may differ. Dropout, which only training uses, is the first one's.
+    ``trained``: paths of the model's own arrays that may differ. What the result does not depend on (dropout, and what
+    is only noted of how numbers were made) is the first one's.
     Raises ValueError naming what cannot be aligned."""
     return _align("", list(members), trained, own=True, ranked=False)
 
@@ -146,7 +150,7 @@ def _refuse_static(path: str, ws: list) -> None:
     """Raises ValueError if members differ in what is part of the program."""
     for field in dataclasses.fields(ws[0]) if isinstance(ws[0], Weight) else ():  # type: ignore[arg-type]
         values = {getattr(w, field.name) for w in ws} if weights.role(field) == weights.STATIC else ()
-        if len(values) > 1 and field.name != "rate":
+        if len(values) > 1 and field.name not in ws[0].noted:
             raise ValueError(f"{path}: got {field.name} {' and '.join(map(str, values))}; expected one for all members")
 
 

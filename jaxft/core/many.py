@@ -105,19 +105,22 @@ def wrap(each: Params, common: Params, count: int, shards: int = 0) -> Params:
 
 
 def for_rows(params: Params, ids: Any) -> Params:
-    """Stacked adapters with the member of each row of a batch: ``ids`` int32[rows]; -1 is the last, which in what
-    `stack_adapters` makes is the base without an adapter.
+    """Stacked adapters with the member of each row of a batch: ``ids`` int[rows]; -1 is the last, which is the base
+    without an adapter.
 
     Another choice of ids compiles nothing anew. Raises ValueError for an id that is not there (not while tracing)."""
     counts = {w.count for w in jax.tree.leaves(params, is_leaf=tree.is_weight) if isinstance(w, Many)}
     if not counts:
         raise ValueError("for_rows: the parameters hold no stacked adapters; make them with jaxft.stack_adapters")
-    rows = jnp.asarray(ids, jnp.int32)
-    count = min(counts)
-    if not isinstance(rows, Tracer) and (rows.ndim != 1 or not bool(jnp.all((rows >= -1) & (rows < count)))):
-        raise ValueError(f"adapters: got {rows.tolist()}; expected for each row one of 0 to {count - 1}, or -1")
+    last = min(counts) - 1
+    if not isinstance(ids, Tracer):
+        rows = [i.tolist() if hasattr(i, "tolist") else i for i in ids]
+        if not all(type(i) is int and -1 <= i < last for i in rows):
+            numbers = f"one of 0 to {last - 1}" if last > 1 else "0"
+            raise ValueError(f"adapters: got {rows}; expected for each row {numbers}, or -1 for the base")
+    members = Shared(jnp.asarray(ids, jnp.int32))
 
     def chosen(w: Any) -> Any:
-        return dataclasses.replace(w, ids=Shared(rows)) if isinstance(w, Many) else w
+        return dataclasses.replace(w, ids=members) if isinstance(w, Many) else w
 
     return jax.tree.map(chosen, params, is_leaf=tree.is_leaf)

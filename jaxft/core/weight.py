@@ -65,6 +65,7 @@ class Weight:
     adapter: ClassVar[bool] = True  # wraps a base that `strip` gives back; False for parts of the model itself
     mergeable: ClassVar[bool] = True  # whether `x @ w` is `x` times a matrix plus a constant
     linear: ClassVar[tuple[str, ...]] = ()  # fields: of a multiple of them, `x @ w - x @ base` is that multiple
+    noted: ClassVar[tuple[str, ...]] = ("rate",)  # static fields that `x @ w` without dropout does not depend on
     tied: bool | None = None  # a field of what may stand at an embedding: see InPlace
     gate: Any  # a field of adapters, float32[*stack]: 1 where a layer is adapted, 0 where the map is the identity
     base: Any

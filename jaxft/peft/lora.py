@@ -196,6 +196,8 @@ class LoRAWeight(Weight):
     tied: bool | None = static(default=None)
     loftq: tuple[int, int] | None = static(default=None)
 
+    noted: ClassVar[tuple[str, ...]] = ("rate", "rslora")
+
     @property
     def adapted(self):
         return self.rank > 0

@@ -90,9 +90,26 @@ def test_other_rows_and_other_adapters_compile_nothing(model, adapters):
     assert np.abs(got - model.logprobs(adapters[0], tokens)).max() > 0.1
 
 
+def test_how_the_scale_was_made_does_not_part_adapters(model):
+    """rsLoRA and LoRA: the scale is a number of the weight."""
+    methods = (peft.LoRA(rank=4, rslora=True), peft.LoRA(rank=2))
+    both = [moved(peft.adapt(model, jax.random.key(i), method)) for i, method in enumerate(methods)]
+    tokens = jax.random.randint(jax.random.key(1), (2, 10), 0, 64)
+    stacked = model.logprobs(jaxft.stack_adapters(both), tokens, adapters=[0, 1])
+    for row, params in enumerate((both[0], jaxft.swap(*both))):
+        np.testing.assert_allclose(stacked[row], model.logprobs(params, tokens)[row], atol=1e-5)
+    np.testing.assert_allclose(stacked[1], model.logprobs(both[1], tokens)[1], atol=1e-5)
+
+
 def test_refusals(model, adapters):
-    with pytest.raises(ValueError, match="swap: the other adapter has a larger rank or more targets"):
+    with pytest.raises(ValueError, match=r"swap: layers/attn/k/.*: the other adapter has more targets"):
         jaxft.swap(adapters[1], adapters[0])
+    with pytest.raises(ValueError, match=r"swap: layers/attn/q/.*: .* larger rank \(\(2, 32, 4\) for \(2, 32, 2"):
+        jaxft.swap(adapters[0], adapters[1])
+    with pytest.raises(ValueError, match="stack_adapters: got no adapters"):
+        jaxft.stack_adapters([])
+    with pytest.raises(ValueError, match=r"adapters: got \[3\]; expected .* 0 to 2, or -1 for the base"):
+        model.logprobs(jaxft.stack_adapters(adapters), jnp.zeros((1, 5), int), adapters=[3])
     with pytest.raises(ValueError, match=r"which row uses which is not known; say it with jaxft\.for_rows"):
         model.logprobs(jaxft.stack_adapters(adapters), jnp.zeros((4, 5), int))
     other = dataclasses.replace(model, params=jax.tree.map(jnp.copy, model.params))

@@ -201,9 +201,9 @@ def test_the_base_is_there_once_and_multiplied_once(unroll):
 
 def test_refusals():
     _, model = base()
-    adapted = [peft.adapt(model, jax.random.key(0), m) for m in (peft.LoRA(rslora=True), peft.LoRA(rslora=False))]
+    adapted = [peft.adapt(model, jax.random.key(0), m) for m in (peft.MiSS(rank=8), peft.MiSS(rank=8, variant="bat"))]
     mask = tree.trainable_mask(adapted[0])
-    with pytest.raises(ValueError, match=r"layers/attn/q.*rslora"):
+    with pytest.raises(ValueError, match=r"layers/attn/q.*variant balance and bat"):
         align.together(adapted, mask)
     copied = jax.tree.map(jnp.copy, adapted[0])
     with pytest.raises(ValueError, match="bases are different arrays"):
