@@ -102,6 +102,7 @@ def make(
     default_lr: float = 2e-4,
     factors: tree.Params | None = None,
     stacked: Stacked = leafwise.stacked,
+    peak_lr: Any = None,
 ) -> Optimizer:
     """The optimiser for a tree of trainable arrays (or their shapes). Refuses what it cannot do.
 
@@ -111,11 +112,12 @@ def make(
       default_lr: the fine-tuning method's rate for AdamW, used where ``config.lr`` is not given.
       factors: of the learning rate, for each trainable array, besides ``config.groups``.
       stacked: path -> number of leading axes that count layers.
+      peak_lr: peak learning rate in place of the config's, a traced number too.
     """
     kind = _check(config)
     rate = schedules.make(
-        _schedule(config), peak(config, default_lr), total_steps, _warmup(config, total_steps),
-        config.min_lr_ratio, config.decay_ratio,
+        _schedule(config), peak(config, default_lr) if peak_lr is None else peak_lr, total_steps,
+        _warmup(config, total_steps), config.min_lr_ratio, config.decay_ratio,
     )  # fmt: skip
     groups = multipliers(config.groups, trainable)
     factors = groups if factors is None else jax.tree.map(lambda g, f: g * f, groups, factors)

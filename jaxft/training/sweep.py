@@ -6,7 +6,6 @@ matrix of each member is what Muon and Adafactor see. Only the score is of all m
 that the base is read once. What a member does is what it would do alone, up to rounding.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ def make_optimizer(
     """`optim.make` for members with peak rates ``peaks``; ``trainable``: arrays, or shapes, of one member."""
 
     def one(peak: Any) -> Optimizer:
-        return optim.make(dataclasses.replace(config, lr=peak), trainable, total_steps, factors=factors)
+        return optim.make(config, trainable, total_steps, factors=factors, peak_lr=peak)
 
     rates = jnp.asarray(peaks, jnp.float32)
     any_one = one(peaks[0])
