@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxft import run_dir
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import hub
-from jaxft.cli import contents
+from jaxft.cli import contents, target
 from jaxft.cli.contents import Contents
 from jaxft.peft import disk
 
@@ -36,6 +36,8 @@ def command(args: argparse.Namespace) -> int:
 def _directory(name: str) -> Path:
     """The adapter's folder: as named, that in a run's, or that of a hub id. Raises ConfigError for a whole model."""
     path = hub.directory(name)
+    if (path / run_dir.CONFIG).is_file():
+        target.refuse_sweep(path)
     path = path / run_dir.ADAPTER if (path / run_dir.ADAPTER / disk.CONFIG).is_file() else path
     if not (path / disk.CONFIG).is_file() and ((path / run_dir.WHOLE).is_dir() or (path / "config.json").is_file()):
         raise ConfigError(f"{name}: holds a whole model and no adapter (there is no {disk.CONFIG})")

@@ -56,8 +56,8 @@ class Job:
     """Of a token, forward and backward."""
     evaluators: Callable[[Path], Sequence[Evaluator]]
     """Given the run's folder, which is claimed last."""
-    finish: Callable[[Result, tree.Params, Path], None]
-    """``(result, trained arrays, folder)``: writes what came out of it and tells about it."""
+    finish: Callable[[Result, tree.Params, Path], int]
+    """``(result, trained arrays, folder)``: writes what came out of it and tells about it; gives the exit code."""
     read: Callable[[int, Mapping[str, Any]], dict[str, float]] = loop.numbers
     """See `loop.fit`."""
 

@@ -103,4 +103,4 @@ def _values(item: str, part: str) -> list[str]:
     if span or not part:
         raise ConfigError(f"`sweep`: {item!r} has {part or 'an empty value'!r}; expected values, or first..last")
     value = reading.read_yaml(f"_: {part}", "--sweep").values["_"]
-    return [str(value)]
+    return ["null" if value is None else str(value)]

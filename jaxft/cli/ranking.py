@@ -31,31 +31,35 @@ class Standing:
     """Steps that were not finite and so not taken."""
     evaluation: dict[str, float]
     """Its last evaluation; empty if there was none."""
+    failed: bool
+    """Whether its loss is not finite at the end: what is kept of it are its last steps that were."""
 
 
 def standings(config: RunConfig, runs: Sequence[Member]) -> list[Standing]:
-    """The members, best first: by ``eval.metric``, or by training loss where nothing was evaluated."""
-    found = [_standing(member) for member in runs]
+    """The members, best first: by ``eval.metric``, or training loss where nothing was evaluated; failed ones last."""
+    found = [_standing(config, member) for member in runs]
     if all(standing.evaluation for standing in found):
-        return sorted(found, key=lambda standing: evaluate.cost(config.eval, standing.evaluation))
-    return sorted(found, key=lambda standing: standing.loss if math.isfinite(standing.loss) else math.inf)
+        return sorted(found, key=lambda standing: (standing.failed, evaluate.cost(config.eval, standing.evaluation)))
+    return sorted(found, key=lambda s: (s.failed, s.loss if math.isfinite(s.loss) else math.inf))
 
 
-def _standing(member: Member) -> Standing:
+def _standing(config: RunConfig, member: Member) -> Standing:
     rows = sinks.read(member.folder)
     steps = [row for row in rows if "loss" in row]
     last = next((row for row in reversed(rows) if any(name.startswith("eval_") for name in row)), {})
     evaluation = {name[5:]: _number(value) for name, value in last.items() if name.startswith("eval_")}
     losses = [_number(row["loss"]) for row in steps[-LAST:]]
-    return Standing(member, sum(losses) / max(len(losses), 1), int(steps[-1]["skipped"]) if steps else 0, evaluation)
+    failed = not math.isfinite((losses or [0.0])[-1]) or not math.isfinite(evaluation.get(config.eval.metric, 0.0))
+    skipped = int(steps[-1]["skipped"]) if steps else 0
+    return Standing(member, sum(losses) / max(len(losses), 1), skipped, evaluation, failed)
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value  # what was not finite
 
 
-def show(console: Console, config: RunConfig, runs: Sequence[Member], result: Result, folder: Path) -> None:
-    """Prints the ranking and what to do with it; draws the curves."""
+def show(console: Console, config: RunConfig, runs: Sequence[Member], result: Result, folder: Path) -> int:
+    """Prints the ranking and what to do with it; draws the curves; 1 if a member failed."""
     ranked = standings(config, runs)
     shown = [name for name in dict.fromkeys((config.eval.metric, *summary.SHOWN)) if name in ranked[0].evaluation]
     by = f"held-out {shown[0]}" if shown else "training loss"
@@ -67,14 +71,33 @@ def show(console: Console, config: RunConfig, runs: Sequence[Member], result: Re
     for place, standing in enumerate(ranked, 1):
         numbers = [summary.number(name, standing.evaluation[name]) for name in shown]
         skipped = [str(standing.skipped)] if skips else []
-        table.add_row(str(place), *standing.member.values.values(), *numbers, f"{standing.loss:.4g}", *skipped)
+        table.add_row(
+            "failed" if standing.failed else str(place),
+            *standing.member.values.values(),
+            *numbers,
+            f"{standing.loss:.4g}",
+            *skipped,
+        )
     console.print(table)
     drawing = folder / DRAWING
     drawing.write_text(curves.svg({m.name: sinks.read(m.folder) for m in runs}, config.eval.metric), encoding="utf-8")
-    best = shlex.quote(str(ranked[0].member.folder))
+    lost = [standing.member.name for standing in ranked if standing.failed]
     console.print(
         f"\n{result.reason} after {result.step:,} steps. Each member is a run: {folder / run_dir.MEMBERS}/<name>. "
-        f"Curves: {drawing}\n"
+        f"Curves: {drawing}",
+        *(
+            [f"Failed, their loss not finite at the end: {' and '.join(lost)}. Try a lower learning rate."]
+            if lost
+            else []
+        ),
+        sep="\n",
+        markup=False,
+        soft_wrap=True,
+    )
+    if len(lost) == len(ranked):
+        return 1
+    best = shlex.quote(str(ranked[0].member.folder))
+    console.print(
         "Next:\n"
         f"  jaxft chat {best}    talk with the best\n"
         f"  jaxft eval {best} data.path=<rows>\n"
@@ -82,3 +105,4 @@ def show(console: Console, config: RunConfig, runs: Sequence[Member], result: Re
         markup=False,
         soft_wrap=True,
     )
+    return 1 if lost else 0

@@ -44,16 +44,17 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     """All members of a sweep as one run."""
     runs = members.expand(config)
     how = assemble.execution(config, mesh)
-    one, parts, differs = split(runs, base, mesh, [*statistics(runs, base, material, how)])
+    one, parts, differs, sizes = split(runs, base, mesh, [*statistics(runs, base, material, how)])
     assemble.check_tasks(one.trainable, material.prepared.train, material.prepared.held_out)
     hooks = assemble.hooks(runs[0].config, one, material.steps)
     if hooks is not hooks_.NONE and any(member.config.peft != runs[0].config.peft for member in runs):
         raise ConfigError("`sweep`: peft.* cannot differ for a method that changes its parameters in every step")
     optimizer, first, places = start(runs, parts, material.steps, mesh, hooks)
     methods = " + ".join(choice.name for choice in config.peft)
+    each = f"{sizes[0]:,} parameters each" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,} parameters"
     console.print(
-        f"training {len(runs)} members of {tree.count(one.trainable):,} parameters each side by side for "
-        f"{material.steps:,} steps with {methods}, on one copy of the model's {tree.count(one.frozen):,}"
+        f"training {len(runs)} members of {each} side by side for {material.steps:,} steps with {methods}, on one copy "
+        f"of the model's {tree.count(one.frozen):,}"
     )
     record, flops = job_.record(config, parts.frozen), assemble.flops_per_token(config, base, one)
     score = assemble.scorer(config, base, how, differs)
@@ -84,12 +85,12 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
             found += [answered(runs, asked, base, dtype, how, frozen, differs)]
         return [ledger.evaluator(found, config.eval)] if found else []
 
-    def finish(result: Result, trained: tree.Params, folder: Path) -> None:
+    def finish(result: Result, trained: tree.Params, folder: Path) -> int:
         ledger.close()
         for index, member in enumerate(runs):
             params = alone(trained, frozen, differs, index)
             job_.write(member.config, base, params, changed, str(dtype), member.folder)
-        ranking.show(console, config, runs, result, folder)
+        return ranking.show(console, config, runs, result, folder)
 
     own_order = len({member.config.data.seed for member in runs}) > 1
     loader: Any = material.train
@@ -112,8 +113,9 @@ def statistics(runs: Sequence[Member], base: Model, material: Material, how: Exe
 
 def split(
     runs: Sequence[Member], base: Model, mesh: Mesh | None, statistics: Sequence[dict[str, Any]]
-) -> tuple[Split, Split, tree.Params]:
-    """The first member's parameters, those of all stacked where they differ, and a tree that says where they do.
+) -> tuple[Split, Split, tree.Params, list[int]]:
+    """The first member's parameters, those of all stacked where they differ, a tree that says where they do, and the
+    trained parameters of each, from few to many.
 
     Raises ConfigError where members differ in more than numbers."""
     made = [assemble.adapted(member.config, base, each) for member, each in zip(runs, statistics, strict=True)]
@@ -125,19 +127,22 @@ def split(
         trainable, frozen, differs = align.together([p for p, _, _ in made], mask)
     except ValueError as error:
         raise ConfigError(f"`sweep`: these members cannot be one run: {error}") from None
-    shapes = {tuple(a.shape for a in jax.tree.leaves(tree.partition(p, mask)[0])) for p, _, _ in made}
+    trained = [tree.partition(p, mask)[0] for p, _, _ in made]
+    shapes = {tuple(a.shape for a in jax.tree.leaves(own)) for own in trained}
+    sizes = sorted(map(tree.count, trained))
     if len(shapes) > 1 and runs[0].config.optim.name == "adafactor":
         raise ConfigError("`sweep`: adafactor takes means over whole matrices, padding of smaller ranks too; use adamw")
     changed = native.changed(params, base.params)
     one = Split(*tree.partition(params, mask), rates, None, changed)
     if mesh is None:
-        return one, Split(trainable, frozen, rates, None, changed), differs
+        return one, Split(trainable, frozen, rates, None, changed), differs, sizes
 
     def place(differs: bool, place: NamedSharding) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(None, *place.spec)) if differs else place
 
     ours, theirs = tree.partition(jax.tree.map(place, differs, rules.shardings(params, mesh)), mask)
-    return one, Split(jax.device_put(trainable, ours), jax.device_put(frozen, theirs), rates, ours, changed), differs
+    placed = Split(jax.device_put(trainable, ours), jax.device_put(frozen, theirs), rates, ours, changed)
+    return one, placed, differs, sizes
 
 
 def start(

@@ -93,13 +93,18 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
             "model.new_tokens=[]",
         ]
         return Target(config_.load(folder / run_dir.CONFIG, [*made, *_same(str(folder), overrides)]), None)
-    if (folder / run_dir.MEMBERS).is_dir():
-        every = "\n".join(f"  {member}" for member in sorted((folder / run_dir.MEMBERS).iterdir()))
-        raise ConfigError(f"{folder}: a sweep of several runs; say which of them:\n{every}")
+    refuse_sweep(folder)
     raise ConfigError(
         f"{folder}: the run has no result yet ({run_dir.ADAPTER}/ or {run_dir.WHOLE}/); let it end: "
         f"jaxft train {folder / run_dir.CONFIG} --resume"
     )
+
+
+def refuse_sweep(folder: Path) -> None:
+    """Raises ConfigError for the folder of a sweep, naming the runs in it."""
+    if (folder / run_dir.MEMBERS).is_dir():
+        every = "\n".join(f"  {member}" for member in sorted((folder / run_dir.MEMBERS).iterdir()))
+        raise ConfigError(f"{folder}: a sweep of several runs; say which of them:\n{every}")
 
 
 def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:

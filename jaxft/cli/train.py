@@ -35,6 +35,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sweep",
         nargs="+",
+        action="extend",
         default=[],
         metavar="key=value,...",
         help="after all else: train all combinations of these values side by side, on one copy of the model: "
@@ -59,7 +60,8 @@ def command(args: argparse.Namespace) -> int:
 
 
 def run(config: RunConfig) -> int:
-    """The whole run: 0 when it is complete, 130 or 143 when a signal ended it (the state is saved)."""
+    """The whole run: 0 when it is complete, 1 when a member of a sweep failed, 130 or 143 when a signal ended it (the
+    state is saved)."""
     console = Console(highlight=False)
     if not config.data.path:
         raise ConfigError("`data.path` must be given: a file or data set to train on, data.path=rows.jsonl")
@@ -93,8 +95,7 @@ def run(config: RunConfig) -> int:
             console.print(f"Interrupted and saved. Go on: jaxft train {folder / run_dir.CONFIG} --resume")
             return result.exit_code
         trained = job.optimizer.averaged(result.state.opt_state, result.state.trainable)
-        job.finish(result, trained, folder)
-    return 0
+        return job.finish(result, trained, folder)
 
 
 def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, console: Console) -> Job:
@@ -131,9 +132,10 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
             found += [answers.evaluator(config, asked, base, dtype, how, frozen, folder)]
         return found
 
-    def finish(result: Result, trained: tree.Params, folder: Path) -> None:
+    def finish(result: Result, trained: tree.Params, folder: Path) -> int:
         written = job_.write(config, base, tree.combine(trained, frozen), changed, str(dtype), folder)
         summary.show(console, config, result, folder, written)
+        return 0
 
     run = step.make_step(objective, settings, score, optimizer, job_.shardings(places, frozen, mesh), hooks)
     return Job(run, first, frozen, record, material.train, optimizer, flops, evaluators, finish)

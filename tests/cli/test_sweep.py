@@ -1,6 +1,7 @@
 """jaxft train --sweep: many runs at once, each of them what it would be alone, and a run like any other afterwards."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -70,8 +71,9 @@ def test_a_member_is_a_run_like_any_other(swept, capsys):
     assert code == 0, err
     last = [row for row in metrics(folder) if "eval_loss" in row][-1]
     assert json.loads(out)["loss"] == pytest.approx(last["eval_loss"], abs=1e-5)
-    code, _, err = jaxft(capsys, "eval", swept)
-    assert code == 2 and "a sweep of several runs; say which" in err and str(folder) in err
+    for verb in ("eval", "inspect"):
+        code, _, err = jaxft(capsys, verb, swept)
+        assert code == 2 and "a sweep of several runs; say which" in err and str(folder) in err
 
 
 def test_ranking_and_drawing(settings, tmp_path, capsys):
@@ -90,6 +92,20 @@ def test_ranking_and_drawing(settings, tmp_path, capsys):
     lines = drawing.findall(".//{*}polyline")
     assert [line.find("{*}title").text for line in lines] == names * 2  # training and held out
     assert len(lines[0].get("points").split()) == 4
+
+
+def test_a_member_that_failed_is_told(settings, tmp_path, capsys):
+    """Beside one that did not, of another size and with the method's own learning rate."""
+    plain = [word for word in settings if not word.startswith(("data.eval_path", "eval."))]
+    run = ["train.steps=3", "optim.warmup_steps=0", "optim.clip_norm=null", f"run_dir={tmp_path / 'run'}"]
+    sweep = ["--sweep", "optim.lr=1e30,null", "--sweep", "peft.rank=1,2", "--sweep", "peft.alpha=null"]
+    code, out, err = jaxft(capsys, *plain, *run, *sweep)
+    assert code == 1 and "Next:" in out, out + err
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in out.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == ["1", "2", "failed", "failed"] and {row[1] for row in rows[:2]} == {"null"}
+    assert "Failed, their loss not finite" in out and "lr=null" in out.split("Next:")[1] and rows[0][3] == "null"
+    sizes = re.search(r"4 members of ([\d,]+) to ([\d,]+) parameters side", out)
+    assert sizes and 2 * int(sizes[1].replace(",", "")) == int(sizes[2].replace(",", ""))
 
 
 def test_resume_goes_on_where_it_stood(settings, tmp_path):
