@@ -144,7 +144,9 @@ def hooks(config: RunConfig, parts: Split, steps: int) -> Hooks:
     params = tree.combine(parts.trainable, parts.frozen)
     made = peft.hooks([choice.value for choice in config.peft], params, steps)
     if made is not hooks_.NONE and config.optim.name == "schedule_free":
-        raise ValueError("optim.name: schedule_free averages what the method prunes; choose another, such as adamw")
+        raise ValueError(
+            "optim.name: schedule_free averages what the method changes in each step; choose another, such as adamw"
+        )
     return made
 
 

@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
     "pfeiffer": Method(bottleneck.Pfeiffer, lr=3e-4, adapt=bottleneck.adapt),
     "parallel": Method(bottleneck.Parallel, lr=3e-4, adapt=bottleneck.adapt),
     "vera": Method(vera.VeRA, lr=4e-3, hf=vera.FORMAT),
-    "oft": Method(oft.OFT, lr=4e-4, hf=oft.FORMAT),
+    "oft": Method(oft.OFT, lr=4e-4, hooks=oft.hooks, hf=oft.FORMAT),
     "boft": Method(boft.BOFT, lr=1e-3, hf=boft.FORMAT),
     "hra": Method(hra.HRA, lr=1e-3, hf=hra.FORMAT),
     "road": Method(road.RoAd, lr=3e-3, hf=road.FORMAT),
@@ -234,10 +234,10 @@ def first_rate(methods: Sequence[Any]) -> float:
 
 
 def hooks(methods: Sequence[Any], params: tree.Params, steps: int) -> Hooks:
-    """What the methods do in each step of a run of ``steps`` steps. Raises ValueError if several do something."""
+    """What the methods do in each step of a run of ``steps`` steps. Raises ValueError if two differ."""
     made = [(config, method_of(config).hooks(config, params, steps)) for config in methods]
     active = [(config, hook) for config, hook in made if hook is not hooks_.NONE]
-    if len(active) > 1:
+    if any(hook is not active[0][1] for _, hook in active):
         names = ", ".join(type(config).__name__ for config, _ in active)
         raise ValueError(f"peft: {names} each change the parameters in every step; expected one such method")
     return active[0][1] if active else hooks_.NONE

@@ -7,6 +7,8 @@ Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning",
 the input, and Cayley's map by a short Neumann series, :math:`R_i \approx I + 2Q_i + \dots + 2Q_i^{n-2} + Q_i^{n-1}`:
 Qiu et al. 2025, "Orthogonal Finetuning Made Scalable", eq. 3 and 5 (arXiv:2506.19847). COFT keeps each
 :math:`\|Q_i\|_F \le \epsilon/\sqrt{n}`: it is scaled back where it is used, and the gradient is that of the scaled one.
+A training step scales back what it stores as well (`hooks`), as peft does in its forward pass; a loop without the hooks
+lets what is stored grow beyond.
 
 A module of width ``in`` in blocks of b trains in (b - 1) / 2 numbers, b (b - 1) / 2 if its blocks are shared. As in
 peft the exact inverse turns the other way, ``(I - Q)(I + Q)^-1``. peft's module_dropout does nothing, there or here.
@@ -23,7 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.core import verbs
+from jaxft.core import hooks as hooks_
+from jaxft.core import tree, verbs
+from jaxft.core.hooks import Hooks
 from jaxft.core.weight import Untied, Weight, parameter, static, trainable, weight
 from jaxft.peft.disk import AdapterError, Tensors
 from jaxft.peft.formats import Fields, Format
@@ -173,11 +177,39 @@ def cayley(skew: jax.Array, terms: int | None) -> jax.Array:
 
 
 def _projected(vector: jax.Array, eps: float) -> jax.Array:
-    """The rows scaled back to skew matrices of norm eps / sqrt(rows) at most; the gradient passes unchanged."""
-    limit = eps / math.sqrt(vector.shape[0])
+    """[*stack, rows, n]: the rows scaled back to skew matrices of norm eps / sqrt(rows) at most.
+
+    The gradient passes unchanged."""
+    limit = eps / math.sqrt(vector.shape[-2])
     norm = math.sqrt(2) * jnp.linalg.norm(vector, axis=-1, keepdims=True)
     scaled = vector * (limit / jnp.maximum(norm, limit))
     return vector + jax.lax.stop_gradient(scaled - vector)
+
+
+def hooks(config: OFT, params: tree.Params, steps: int) -> Hooks:
+    """With COFT, what was trained is scaled back after each step."""
+    del params, steps
+    return hooks_.NONE if config.coft_eps is None else COFT
+
+
+def _scaled_back(step: jax.Array, trainable: tree.Params, grads: tree.Params, state: None) -> tuple[tree.Params, None]:
+    del step, grads
+
+    def one(w: Any) -> Any:
+        if not _is_mine(w):
+            return w
+        eps, base = w.eps, jax.tree.map(one, w.base, is_leaf=_is_mine)
+        skew = w.skew if eps is None else jax.tree.map(lambda v: _projected(v, eps), w.skew)
+        return dataclasses.replace(w, base=base, skew=skew)
+
+    return jax.tree.map(one, trainable, is_leaf=_is_mine), state
+
+
+def _is_mine(w: Any) -> bool:
+    return isinstance(w, OFTWeight)
+
+
+COFT = Hooks(update=_scaled_back)  # of all OFT weights at once, whichever config they are of
 
 
 def rotate(x: jax.Array, turn: jax.Array) -> jax.Array:

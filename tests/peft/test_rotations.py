@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import peft
 import pytest
 import torch
@@ -19,7 +20,7 @@ from jaxft import peft as jaxft_peft
 from jaxft.core import tree
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine
-from jaxft.peft import BOFT, HRA, IA3, OFT, RoAd, boft, hra, oft, targets
+from jaxft.peft import BOFT, HRA, IA3, OFT, AdaLoRA, RoAd, boft, hra, oft, targets
 from jaxft.peft.disk import AdapterError
 from tests.peft import gradients, pairs
 
@@ -213,6 +214,45 @@ def default_targets(name):
     found = {row: w for row in rows if isinstance(w := tree.get(params, row.path), jaxft_peft.ia3.IA3Weight)}
     endings = {targets.ending(row, rows): w.feedforward for row, w in found.items()}
     return {e for e, feedforward in endings.items() if not feedforward}, {e for e, hit in endings.items() if hit}
+
+
+def test_coft_trains_as_in_peft(tmp_path, key):
+    """Losses of five steps in which rotations reach their limit, and the logits after them."""
+    config, steps, tokens = OFT(block_size=8, targets=QD, coft_eps=0.05), 5, torch.as_tensor(pairs.TOKENS).long()
+    params = jaxft_peft.adapt(pairs.model("qwen2"), key, config)
+    adapter = pairs.save("qwen2", params, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(pairs.torch_model("qwen2"), str(adapter), is_trainable=True).eval()
+    adamw = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    trainable, frozen = tree.partition(params, tree.trainable_mask(params))
+    hooks, made = jaxft_peft.hooks([config], params, steps), optax.adamw(1e-2, weight_decay=0.1)
+
+    @jax.jit
+    def step(trainable, state):
+        value = lambda t: gradients.loss("qwen2", tree.combine(t, frozen))  # noqa: E731
+        loss, grads = jax.value_and_grad(value)(trainable)
+        updates, state = made.update(grads, state, trainable)
+        return *hooks.update(1, optax.apply_updates(trainable, updates), grads, None)[:1], state, loss
+
+    state = made.init(trainable)
+    for _ in range(steps):
+        adamw.zero_grad()
+        expected = theirs(tokens, labels=tokens).loss
+        expected.backward()
+        adamw.step()
+        trainable, state, loss = step(trainable, state)
+        np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    limit = 0.05 / np.sqrt(4)  # of the four blocks of q_proj
+    norms = np.linalg.norm(trainable["layers"]["attn"]["q"].base.skew, axis=-1) * np.sqrt(2)
+    assert norms.max() <= limit * (1 + 1e-6) and norms.min() > 0.99 * limit
+    got = pairs.logits("qwen2", tree.combine(trainable, frozen))
+    np.testing.assert_allclose(got, pairs.torch_logits(theirs), rtol=0, atol=1e-4)
+
+
+def test_several_coft_methods_share_one_hook():
+    first, second = (OFT(targets=(name,), coft_eps=0.05) for name in QD)
+    assert jaxft_peft.hooks([first, OFT(), second], {}, 5) is jaxft_peft.hooks([first], {}, 5)
+    with pytest.raises(ValueError, match="peft: OFT, AdaLoRA each change the parameters in every step"):
+        jaxft_peft.hooks([first, AdaLoRA()], jaxft_peft.adapt(pairs.model("llama"), jax.random.key(0), AdaLoRA()), 50)
 
 
 WRONG = {
