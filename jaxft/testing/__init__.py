@@ -4,39 +4,28 @@ Usage:
     jaxft.testing.check_method(MyMethod(rank=4))
 """
 
+import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from jaxft import peft
 from jaxft.peft.sites import Targeted
-from jaxft.testing import model_checks, structure_checks, weight_checks
+from jaxft.testing import form_checks, model_checks, report, structure_checks, weight_checks
 from jaxft.testing.claims import Broken
 from jaxft.testing.model_checks import Trial
+from jaxft.testing.report import FOUND, Failure
 from jaxft.testing.subject import F32, Row, Subject, adapted, affine, matrix
 
 SIZES = (32, 64)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A property that does not hold."""
-
-    property: str
-    """In words."""
-    where: str
-    """On what: a stack of matrices, a whole model, ..."""
-    found: str
-    """What was found instead."""
-
-    def __str__(self) -> str:
-        return f"- {self.property}\n  {self.where}: {self.found}"
-
-
 def check_method(method: Any, *, identity: bool = True, dense_gradient: bool = False, model: bool = True) -> None:
     """Raises AssertionError listing in words every property that the method breaks; returns None if it breaks none.
+
+    What the method's class itself lacks is told first, and alone.
 
     Args:
       method: a config, or its class if it has defaults for all of its fields.
@@ -44,11 +33,17 @@ def check_method(method: Any, *, identity: bool = True, dense_gradient: bool = F
       dense_gradient: whether the map needs a matrix as large as the base's.
       model: whether to run it in a whole decoder too (training step, packing, generation, mesh); half a minute.
     """
-    config = method() if isinstance(method, type) else method
+    config = _default(method) if isinstance(method, type) else method
     failures = list(_failures(config, identity, dense_gradient, model))
     if failures:
-        name = type(config).__name__
-        raise AssertionError(f"{name} breaks {len(failures)} properties:\n" + "\n".join(map(str, failures)))
+        raise AssertionError(report.summary(type(config).__name__, failures))
+
+
+def _default(cls: type) -> Any:
+    try:
+        return cls()
+    except TypeError as error:
+        raise TypeError(f"{error}; expected a config, check_method({cls.__name__}(...))") from None
 
 
 def rows(config: Targeted, identity: bool = True, dense_gradient: bool = False) -> dict[str, Row]:
@@ -69,6 +64,11 @@ def rows(config: Targeted, identity: bool = True, dense_gradient: bool = False) 
 def _failures(config: Any, identity: bool, dense_gradient: bool, model: bool) -> Iterator[Failure]:
     with jax.default_matmul_precision("highest"):
         if isinstance(config, Targeted):
+            alone = Subject(Row(adapted(matrix, replace(config, targets=("w",)), sizes=SIZES)))
+            for check in form_checks.CHECKS:
+                for failure in _failure(check, alone, "a stack of matrices"):
+                    yield failure
+                    return
             checks = (*weight_checks.CHECKS, *structure_checks.CHECKS)
             for where, row in rows(config, identity, dense_gradient).items():
                 subject = Subject(row)
@@ -86,6 +86,8 @@ def _failure(check: Callable[[Any], None], subject: Any, where: str) -> Iterator
     try:
         check(subject)
     except Broken as error:
-        yield Failure(words, where, str(error))
+        found = textwrap.shorten(str(error), FOUND, placeholder=" ...")
+        yield Failure(words, where, found, cause=words)
     except Exception as error:
-        yield Failure(words, where, f"{type(error).__name__}: {error}")
+        found = report.told(error)
+        yield Failure(words, where, found, cause=f"{type(error).__name__}{report.place(error) or found}")

@@ -20,10 +20,16 @@ def _is_jaxpr(x: Any) -> bool:
     return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
 
 
+def said(eqn: Any) -> str:
+    """An equation in one line: its operands and results by shape."""
+    given, made = (", ".join(v.aval.str_short() for v in part) for part in (eqn.invars, eqn.outvars))
+    return f"{eqn.primitive.name} of {given} gives {made}"
+
+
 def matrix_products(jaxpr: Any, sizes: tuple[int, int]) -> list[str]:
     """The dots whose result is a matrix (or a stack of matrices) of ``sizes``, either way round."""
     return [
-        str(eqn)
+        said(eqn)
         for eqn in equations(jaxpr)
         if eqn.primitive.name in ("dot_general", "ragged_dot", "ragged_dot_general")
         and any(sorted(v.aval.shape[-2:]) == sorted(sizes) for v in eqn.outvars)

@@ -95,7 +95,7 @@ def many_adapters_are_one_vmap(s: Subject) -> None:
     for eqn in jaxprs.equations(jax.make_jaxpr(jax.vmap(apply))(many, xs)):
         for v in eqn.outvars:
             copied = v.aval.shape == (n, *s.sizes) and v.aval.shape not in given
-            require(not copied or s.row.dense_gradient, f"the base is copied for each adapter: {eqn}")
+            require(not copied or s.row.dense_gradient, f"the base is copied for each adapter: {jaxprs.said(eqn)}")
 
 
 def rows_of_a_batch_meet_their_own_adapter(s: Subject) -> None:
@@ -163,7 +163,7 @@ def backward_holds_nothing_dense(s: Subject) -> None:
             return loss(t, frozen, x, forward)
 
         found = jaxprs.matrix_products(jax.make_jaxpr(jax.grad(value, (0, 1)))(trainable, s.x), s.sizes)
-        require(not found, "a dense product: multiply x by the factors one after the other. " + "\n".join(found))
+        require(not found, f"a dense product: multiply x by the factors one after the other. {_some(found)}")
         kept = jaxprs.computed_residuals(value, trainable, s.x)
         dense = [shape for shape in kept if sorted(shape[-2:]) == sorted(s.sizes)]
         require(not dense, f"kept for the backward pass: {dense}; wrap what computes it in jax.checkpoint")
@@ -187,8 +187,14 @@ def scan_does_not_restack_the_base(s: Subject) -> None:
     stacks = (
         rf"= f32\[{layers},({s.sizes[0]},{s.sizes[1]}|{s.sizes[1]},{s.sizes[0]})\]\S* (?!parameter|get-tuple|bitcast)"
     )
-    written = [line.strip() for line in step.as_text().splitlines() if re.search(stacks, line)]
-    require(not written, "a stack of the base's shape is written: " + "\n".join(written[:3]))
+    written = sorted({found[2] for found in re.finditer(stacks + r"([\w-]+)", step.as_text())})
+    advice = "add what the factors make of x to x @ base, rather than the factors to the base"
+    require(not written, f"a stack of the base's shape is written, by {_some(written)}: {advice}")
+
+
+def _some(found: list[str]) -> str:
+    """The first two, and how many more there are."""
+    return "; ".join(found[:2]) + (f"; and {len(found) - 2} more" if len(found) > 2 else "")
 
 
 def stray_products_raise(s: Subject) -> None:

@@ -123,7 +123,8 @@ def test_the_report_lists_every_failure(monkeypatch):
     with pytest.raises(AssertionError) as caught:
         testing.check_method(Gain(fault="start"), model=False)
     said = str(caught.value)
-    assert said.startswith("Gain breaks 3 properties")  # the layer of the fourth row that is looked at is left out
+    assert said.startswith("Gain breaks 1 property")
+    assert "also: matrices with biases; on top of a LoRA" in said  # of the third row it looks at a layer left out
     assert "At initialisation the adapted weight equals the base" in said
     assert "a stack of matrices: x @ w before training" in said
 
@@ -135,3 +136,91 @@ def test_a_class_with_defaults_and_a_model(monkeypatch):
     testing.check_method(Gain)
     with pytest.raises(AssertionError, match=r"a tiny decoder: the gradient of layers/.*gain is zero"):
         testing.check_method(Gain(fault="stuck"))
+
+
+@weight
+class TrainedBase(GainWeight):
+    base: Any = trainable()
+
+
+@weight
+class Untrained(GainWeight):
+    gain: Any = parameter()
+
+
+@weight
+class StaticGain(GainWeight):
+    gain: Any = static()
+    other: Any = trainable(default=None)
+
+
+@dataclass(frozen=True)
+class Malformed(Targeted):
+    """A `Gain` made wrongly."""
+
+    fault: str = ""
+    """Which of `MALFORMED`."""
+
+    def wrap(self, site):
+        gain = jnp.zeros((*site.layers.shape, site.shape[0]))
+        return MALFORMED[self.fault][0](site, gain)
+
+
+@dataclass(frozen=True)
+class Unfinished(Targeted):
+    """No wrap."""
+
+
+MALFORMED = {
+    "axes": (lambda s, g: GainWeight(s.base, g[0], s.gate), ["gain has shape [32], expected [3, 32]", "site.draw(fn)"]),
+    "number": (lambda s, g: GainWeight(s.base, 2.0, s.gate), ["gain holds the float 2.0", "site.values(number)"]),
+    "raises": (lambda s, g: s.nothing, ["wrap(site) raises AttributeError", "test_check_method.py, line"]),
+    "no weight": (lambda s, g: None, ["wrap(site) gives a NoneType; expected a Weight"]),
+    "base trains": (lambda s, g: TrainedBase(s.base, g, s.gate), ["base is declared trainable", "= parameter()"]),
+    "nothing": (lambda s, g: Untrained(s.base, g, s.gate), ["nothing to train", "gate (frozen)", "= trainable()"]),
+    "static": (lambda s, g: StaticGain(s.base, g, s.gate), ["gain is static() and holds a", "no hash"]),
+    "half": (lambda s, g: GainWeight(s.base, g.astype(jnp.bfloat16), s.gate), ["bfloat16; expected float32"]),
+    "product": (lambda s, g: GainWeight(s.base, g[:, :5], s.gate), ["x @ w raises", "gain [5]", "in __rmatmul__"]),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_method_is_told_once_in_words(fault):
+    with pytest.raises(AssertionError) as caught:
+        testing.check_method(Malformed(fault=fault))
+    said = str(caught.value)
+    assert said.startswith("Malformed breaks 1 property:") and len(said) < 800
+    assert not [words for words in MALFORMED[fault][1] if words not in said], said
+
+
+def test_a_class_without_defaults():
+    @dataclass(frozen=True)
+    class Ranked(Gain):
+        rank: int = dataclasses.field(kw_only=True)
+
+    with pytest.raises(TypeError, match=r"'rank'; expected a config, check_method\(Ranked\(\.\.\.\)\)"):
+        testing.check_method(Ranked)
+
+
+def test_a_method_without_wrap():
+    with pytest.raises(AssertionError, match=r"Unfinished has no wrap\(site\)"):
+        testing.check_method(Unfinished)
+
+
+def test_one_cause_is_told_once_without_dumps(monkeypatch):
+    """A matrix of the base's shape is computed, in float32: three properties, and one line breaks two more."""
+    checks = (
+        structure_checks.backward_holds_nothing_dense,
+        structure_checks.many_adapters_are_one_vmap,
+        structure_checks.scan_does_not_restack_the_base,
+    )
+    half = weight_checks.bf16_model_with_f32_adapters, weight_checks.merge_in_bf16_rounds_once
+    monkeypatch.setattr(structure_checks, "CHECKS", checks)
+    monkeypatch.setattr(weight_checks, "CHECKS", half)
+    with pytest.raises(AssertionError) as caught:
+        testing.check_method(Gain(fault="dense"), model=False)
+    said = str(caught.value)
+    assert len(said) < 2000 and max(map(len, said.splitlines())) < 400
+    assert said.count("dtypes are mixed") == 1 and "self.a.astype(x.dtype) (test_check_method.py, line" in said
+    assert "so too: On a bfloat16 base the merged matrix" in said
+    assert "is written, by" in said and "metadata" not in said
