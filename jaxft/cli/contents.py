@@ -15,12 +15,14 @@ import numpy as np
 from jaxft.checkpoint import tensorfile
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.checkpoint.tensorfile import Reader, Tensor
-from jaxft.peft import disk, hf, native, targets
+from jaxft.peft import disk, hf, native, norms, targets
 from jaxft.peft.disk import AdapterError
 from jaxft.peft.formats import Format
 
 ROWS = "trainable_tokens_delta"  # the end of the tensors that hold rows of single tokens
-ENDS = ("base_layer.weight", "base_layer.bias", f"token_adapter.{ROWS}")
+ENDS = (
+    "base_layer.weight", "base_layer.bias", f"{norms.SUFFIX}.weight", f"{norms.SUFFIX}.bias", f"token_adapter.{ROWS}",
+)  # fmt: skip
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 APART = (  # fields that are told elsewhere, or by every adapter alike
     "auto_mapping", "base_model_name_or_path", "format", "inference_mode", "leaves", "megatron_core", "methods",
@@ -87,6 +89,7 @@ def read(directory: Path) -> Contents:
     found.bytes = sum(group.bytes for group in found.groups)
     found.token_rows = sum(t.shape[0] for name, t in tensors.items() if name.endswith(ROWS))
     found.problems += _missing(config, set(parts.values()))
+    found.problems += _other_ranks(config, {parts[name]: tensor.shape for name, tensor in tensors.items()})
     return found
 
 
@@ -111,6 +114,7 @@ def _begin(directory: Path, config: dict[str, Any]) -> tuple[Contents, tuple[str
         found.method, form = hf.format_named(directory, config)
         for name, value in hf.unknown_fields(config, form).items():
             found.problems.append(f"{disk.CONFIG}: jaxft does not know {name} = {value!r}, and would refuse to load it")
+        hf.refuse_no_numbers(directory, config)
         form.refuse(directory / disk.CONFIG, config)
         return found, form.suffixes if isinstance(form, Format) else ()
     except AdapterError as error:
@@ -186,7 +190,7 @@ def _update(config: dict[str, Any], module: str, held: dict[str, np.ndarray]) ->
     """The Frobenius norm of what LoRA adds to a module's weight."""
     ends = {end.removesuffix(".weight"): array for end, array in held.items()}
     pair = next((pair for pair in PAIRS if pair[0] in ends and pair[1] in ends), None)
-    if pair is None or config.get("peft_type") not in ("LORA", "ADALORA"):
+    if pair is None or config.get("peft_type") not in ("LORA", "ADALORA") or hf.no_numbers(config):
         return None
     a, b = ends[pair[0]], ends[pair[1]]
     rank = a.shape[0]
@@ -221,11 +225,29 @@ def _missing_tensors(modules: list[str], held: set[tuple[str, str]]) -> list[str
     ]
 
 
+def _other_ranks(config: dict[str, Any], shapes: dict[tuple[str, str], tuple[int, ...]]) -> list[str]:
+    """LoRA's modules whose tensors are of another rank than the config gives them."""
+    if config.get("peft_type") != "LORA" or hf.no_numbers(config):
+        return []
+    others: dict[tuple[int, int], list[str]] = collections.defaultdict(list)
+    for (module, end), shape in shapes.items():
+        if end.removesuffix(".weight") in ("lora_A", "lora_embedding_A"):
+            (rank,) = targets.pattern_values((module,), config.get("rank_pattern") or {}, config.get("r", 8))
+            if shape[0] != rank:
+                others[int(rank), shape[0]].append(module)
+    return [f"r: {said} in {disk.CONFIG}, {held} in {disk.some(modules)}" for (said, held), modules in others.items()]
+
+
 def _missing_layers(config: dict[str, Any], modules: list[str]) -> list[str]:
-    """Layers of a group that others have, where the config does not choose any."""
+    """Layers that the config chooses, or of a group that others have where it does not choose any."""
+    chosen = config.get("layers_to_transform")
+    if chosen is not None and chosen != []:
+        there = {layer for _, layer in map(_pattern, modules)}
+        absent = [layer for layer in (chosen if isinstance(chosen, list) else [chosen]) if layer not in there]
+        return [f"layers_to_transform: {', '.join(map(str, absent))} has no tensors"] if absent else []
     wanted = config.get("target_modules")
     whole = [re.search(r"\.\d+\.", name) for name in wanted] if isinstance(wanted, list) else [True]
-    if any(whole) or config.get("layers_to_transform") or config.get("exclude_modules"):
+    if any(whole) or config.get("exclude_modules"):
         return []
     layers: dict[str, set[int]] = collections.defaultdict(set)
     for pattern, layer in map(_pattern, modules):

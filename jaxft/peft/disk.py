@@ -80,6 +80,14 @@ def _tensors(file: Path) -> Tensors:
         raise AdapterError(
             file, f"what safetensors cannot read ({error})", "a whole safetensors file", remedy
         ) from None
+    for name, array in tensors.items():
+        bad = 0 if array.dtype.kind in "biu" else int(np.size(array) - np.isfinite(array).sum())
+        if bad:
+            got, remedy = (
+                f"{bad} of {array.size} numbers that are not finite",
+                "Its training diverged, or it is damaged.",
+            )
+            raise AdapterError(f"{file}: {name}", got, "finite numbers", remedy)
     return {(n.removeprefix(PREFIX) if n.startswith(PREFIX) else f"/{n}"): array for n, array in tensors.items()}
 
 

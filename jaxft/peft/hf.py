@@ -26,6 +26,8 @@ COMMON = (
     "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "inference_mode", "modules_to_save",
     "peft_type", "peft_version", "revision", "task_type",
 )  # fmt: skip
+NUMBERS = ("r", "init_r", "lora_alpha", "alpha", "randlora_alpha")  # fields of several methods
+PATTERNS = ("rank_pattern", "alpha_pattern")
 SILENT = (None, False, "", [], {})  # values that say nothing
 README = """---
 base_model: {base}
@@ -138,6 +140,7 @@ def restore(
     for field, value in unknown_fields(config, form).items():
         remedy = "It changes what the adapter computes, and jaxft does not know how."
         raise AdapterError(f"{where / disk.CONFIG}: {field}", repr(value), "nothing", remedy)
+    refuse_no_numbers(where, config)
     form.refuse(where, config)
     names = places.rows(names)
     modules = tuple(config.get("modules_to_save") or ())
@@ -180,3 +183,22 @@ def unknown_fields(config: Fields, form: Stored) -> Fields:
     """The fields that say something which is not understood."""
     known = {*COMMON, *form.fields}
     return {name: value for name, value in config.items() if name not in known and value not in SILENT}
+
+
+def no_numbers(config: Fields) -> Fields:
+    """The fields of sizes and scales that are none; null is one nowhere but for OFT, which may say blocks instead."""
+    said = {name: [config[name]] for name in NUMBERS if name in config}
+    if config.get("peft_type") == "OFT":
+        said = {name: values for name, values in said.items() if values != [None]}
+    if config.get("peft_type") != "ADALORA":  # whose rank_pattern is of lists
+        patterns = {name: config.get(name) or {} for name in PATTERNS}
+        said |= {name: list(p.values()) if isinstance(p, dict) else [p] for name, p in patterns.items()}
+    wrong = [name for name, values in said.items() if any(type(value) not in (int, float) for value in values)]
+    return {name: config[name] for name in wrong}
+
+
+def refuse_no_numbers(where: Path, config: Fields) -> None:
+    """Raises AdapterError for a size or scale that is no number."""
+    for name, value in no_numbers(config).items():
+        expected = "a mapping of modules to numbers" if name in PATTERNS else "a number"
+        raise AdapterError(f"{where / disk.CONFIG}: {name}", repr(value), expected, "Set it to what it was made with.")

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxft import peft as jaxft_peft
-from jaxft.peft import AdaLoRA, LoRA, Pfeiffer
+from jaxft.peft import AdaLoRA, LoRA, Norms, Pfeiffer
 from tests.cli.test_verbs import jaxft
 from tests.peft import pairs
 
@@ -83,6 +83,12 @@ def test_pruned_adalora_and_saved_modules(capsys, tmp_path):
     assert dense == pytest.approx(float(max(np.linalg.norm(w.dense()[i] - w.base[i]) for i in range(3))), rel=1e-3)
 
 
+def test_norms(capsys, tmp_path):
+    found = inspected(capsys, saved(tmp_path, Norms(targets=("input_layernorm", "norm"))))
+    assert found["problems"] == [] and found["method"] == "norms"
+    assert "model.layers.{0-2}.input_layernorm" in [group["modules"] for group in found["groups"]]
+
+
 def test_a_run_is_its_adapter_and_a_model_is_none(capsys, tiny, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "run" / "adapter")
     assert inspected(capsys, tmp_path / "run")["path"] == str(tmp_path / "run" / "adapter")
@@ -122,6 +128,12 @@ def test_problems_are_told(capsys, adapter, tmp_path):
     zero = spoilt("zero", lambda t: {k: v * ("lora_B" not in k) for k, v in t.items()})
     assert "model.layers.{0-1}.self_attn.q_proj: the update is zero, as before training" in zero
     assert "does not know use_qalora = True" in spoilt("field", config=lambda c: {**c, "use_qalora": True})
+    assert "lora_alpha: got None; expected a number" in spoilt("null", config=lambda c: {**c, "lora_alpha": None})
+    assert "r: got 'four'; expected a number" in spoilt("words", config=lambda c: {**c, "r": "four"})
+    ranks = spoilt("rank", config=lambda c: {**c, "r": 8})
+    assert ranks.startswith("r: 8 in adapter_config.json, 4 in model.layers.0.") and ranks.count("layers") == 4
+    layer = spoilt("nowhere", config=lambda c: {**c, "layers_to_transform": [0, 9]})
+    assert layer == "layers_to_transform: 9 has no tensors"
     assert "peft_type 'POLY'" in spoilt("type", config=lambda c: {**c, "peft_type": "POLY"})
     assert "init_lora_weights" in spoilt("init", config=lambda c: {**c, "init_lora_weights": "pissa"})
     pickled = spoilt("pickle", files=lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"))

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxft import cli
 from jaxft.cli import push, target
@@ -226,3 +227,20 @@ def test_an_adapters_config_that_is_no_json_object(capsys, adapter, tmp_path, te
     (broken / "adapter_config.json").write_text(text)
     code, _, err = jaxft(capsys, "generate", broken, "--prompt", "hi")
     assert code == 1 and "expected a JSON object" in err and "Traceback" not in err
+
+
+def test_an_adapter_that_computes_nothing_is_refused(capsys, adapter, tmp_path):
+    """Numbers that are none, in its config or its tensors."""
+    for number, (name, value) in enumerate((("r", "four"), ("lora_alpha", None), ("rank_pattern", {"q_proj": "4"}))):
+        broken = shutil.copytree(adapter, tmp_path / str(number))
+        config = json.loads((broken / "adapter_config.json").read_text())
+        (broken / "adapter_config.json").write_text(json.dumps({**config, name: value}))
+        code, _, err = jaxft(capsys, "generate", broken, *GREEDY, "--prompt", "hi")
+        assert code == 1 and f"adapter_config.json: {name}: got" in err and "Traceback" not in err, err
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    tensors[first][0, 0] = float("nan")
+    broken = shutil.copytree(adapter, tmp_path / "nan")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    code, _, err = jaxft(capsys, "generate", broken, *GREEDY, "--prompt", "hi")
+    assert code == 1 and f"{first}: got 1 of" in err and "Traceback" not in err, err
