@@ -110,6 +110,8 @@ FORMAT = Format(
         "rank_pattern", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out",
         "layers_to_transform", "layers_pattern", "init_lora_weights", "megatron_core", "qalora_group_size",
         "runtime_config", "eva_config", "corda_config", "lora_ga_config",
+        # LoRA's, which peft's AdaLoRA takes and never reads
+        "use_rslora", "alpha_pattern", "lora_bias",
     ),
     config=config_of,
     describe=describe,

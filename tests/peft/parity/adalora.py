@@ -16,6 +16,11 @@ CASES = {
         lambda: theirs(target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2], lora_dropout=0.1),
         models=("llama", "qwen2"),
     ),
+    "adalora beside settings that only LoRA reads": Case(
+        AdaLoRA(rank=3, init_rank=6, alpha=9, targets=("q_proj",)),
+        lambda: theirs(target_modules=["q_proj"], use_rslora=True, alpha_pattern={"q_proj": 3}, lora_bias=True),
+        models=("llama",),
+    ),
     "adalora on conv1d": Case(
         AdaLoRA(rank=3, init_rank=6, alpha=9, targets=("c_attn",)),
         lambda: theirs(target_modules=["c_attn"], fan_in_fan_out=True),
