@@ -253,7 +253,11 @@ def read(w: OFTWeight, tensors: Tensors) -> OFTWeight:
 
 
 def refuse(where: object, config: Fields) -> None:
-    """Raises AdapterError for the series of older versions, whose last term was another."""
+    """Raises AdapterError for a series of no terms, and for that of older versions, whose last term was another."""
+    terms = config.get("num_cayley_neumann_terms", 5)
+    if config.get("use_cayley_neumann", True) and terms < 2:
+        remedy = "Series of fewer terms are the identity: the adapter does nothing, in peft too."
+        raise AdapterError(f"{where}: num_cayley_neumann_terms", repr(terms), "at least 2", remedy)
     version = config.get("peft_version") or "0"
     if config.get("use_cayley_neumann", True) and tuple(map(int, re.findall(r"\d+", version)[:2])) < (0, 18):
         remedy = "Before it the series was another, and the version at hand would not give its results either."

@@ -296,12 +296,19 @@ def test_a_tied_head_cannot_follow_a_rotation():
         jaxft_peft.adapt(pairs.model("llama_tied"), jax.random.key(0), config)
 
 
-@pytest.mark.parametrize("version", [None, "0.17.1"])
-def test_the_series_of_an_older_peft_is_refused(version, tmp_path, key):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"peft_version": None}, "peft_version: got .*; expected 0.18.0 or later"),
+        ({"peft_version": "0.17.1"}, "peft_version: got .*; expected 0.18.0 or later"),
+        ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms: got 1; expected at least 2"),
+    ],
+)
+def test_other_series_of_peft_are_refused(changed, message, tmp_path, key):
     directory = pairs.save("llama", pairs.adapted("llama", OFT(targets=("q_proj",)), key), tmp_path / "adapter")
     file = directory / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"peft_version": version}))
-    with pytest.raises(AdapterError, match=r"peft_version: got .*; expected 0.18.0 or later"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(AdapterError, match=message):
         pairs.load("llama", directory)
 
 
