@@ -85,7 +85,12 @@ def load(params: tree.Params, names: Names, num_layers: int, directory: str | os
     if config.get("peft_type") == native.PEFT_TYPE:
         params = native.restore(where, config, tensors, params)
     else:
-        params = hf.restore(where, config, tensors, params, names, num_layers)
+        try:
+            params = hf.restore(where, config, tensors, params, names, num_layers)
+        except AdapterError:
+            raise
+        except ValueError as error:  # of a setting that is refused here, or of a module that this model lacks
+            raise AdapterError(where, f"what cannot be made here ({error})", "an adapter of this model") from error
     if tensors:
         remedy = "Nothing here uses them, so the model would not be the one that was saved."
         raise AdapterError(

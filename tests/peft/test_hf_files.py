@@ -175,6 +175,8 @@ WRONG = {
     "rank": ({"r": 3}, None, r"got shape \[2, 32\]; expected \[3, 32\]"),
     "saved module missing": ({"modules_to_save": ["lm_head"]}, None, "no tensor lm_head.weight"),
     "saved module unknown": ({"modules_to_save": ["score"]}, None, "modules_to_save: 'score' selects no weight"),
+    "saved module of one layer": ({"modules_to_save": ["layers.1.mlp"]}, None, r"selects layers \[1\] of layers/mlp"),
+    "a setting that we refuse": ({"lora_dropout": 1.0}, None, "peft.dropout: got 1.0"),
     "resized vocabulary": (
         None,
         lambda t: t | {"base_model.model.model.embed_tokens.weight": np.zeros((100, 32), np.float32)},
@@ -190,7 +192,7 @@ def test_refused_by_name(case, tmp_path, key):
         "llama", pairs.adapted("llama", LoRA(rank=2, targets=("q_proj", "v_proj")), key), tmp_path / "adapter"
     )
     rewrite(directory, config and (lambda c: c | config), tensors)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(AdapterError, match=f"^{directory}.*{message}"):
         pairs.load("llama", directory)
 
 
