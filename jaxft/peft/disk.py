@@ -123,7 +123,7 @@ def write(target: Path, config: dict[str, Any], tensors: Tensors, readme: str) -
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        arrays = {_whole_name(name): np.asarray(array, order="C") for name, array in sorted(tensors.items())}
+        arrays = {whole_name(name): np.asarray(array, order="C") for name, array in sorted(tensors.items())}
         safetensors.save_file(arrays, work / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (work / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -144,7 +144,8 @@ def write(target: Path, config: dict[str, Any], tensors: Tensors, readme: str) -
             shutil.rmtree(work)
 
 
-def _whole_name(name: str) -> str:
+def whole_name(name: str) -> str:
+    """A tensor's name in the file."""
     return name[1:] if name.startswith("/") else PREFIX + name
 
 

@@ -67,6 +67,8 @@ class Format:
     (in, out) of each adapted row."""
     biases: bool = True
     """Whether peft can train biases beside it."""
+    saves: bool = True
+    """Whether peft can train other modules whole beside it."""
     rebuilds: Callable[[Any], bool] = lambda w: False
     """Whether ``config.wrap`` makes this leaf's base, which is not the model's own, anew from the model's."""
 
@@ -87,7 +89,6 @@ class Alone:
     claims: Callable[[Fields], bool] = lambda config: True
     biases: bool = False
     saves: bool = True
-    """Whether peft can train other modules whole beside it."""
 
 
 def export(

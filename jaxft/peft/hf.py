@@ -14,7 +14,7 @@ import jax
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import InPlace, Slot, Weight
-from jaxft.peft import METHODS, disk, formats, places, slot_formats, targets, tokens_hf, whole_hf
+from jaxft.peft import METHODS, disk, formats, places, slot_formats, targets, tokens_hf, whole, whole_hf
 from jaxft.peft.disk import AdapterError, Tensors
 from jaxft.peft.formats import Alone, Fields, Format
 from jaxft.peft.slot_formats import SlotFormat
@@ -74,13 +74,18 @@ def export(
         written += these
     if not form.biases and "bias" in config:
         raise AdapterError(where, "trained biases", f"none: peft's {form.peft_type} has no such setting")
-    if isinstance(form, Alone) and not form.saves and config.pop("modules_to_save"):
+    if not form.saves and config.pop("modules_to_save"):
         raise AdapterError(where, "modules trained whole", f"none: peft's {form.peft_type} has no such setting")
     if places.follows(params, names) and not _tokens(params, names):
         if places.HEAD in found and places.HEAD not in params:
             raise AdapterError(where, "an adapted head that follows an adapted embedding", "one of the two adapted")
         config["ensure_weight_tying"] = True
     _refuse_rest(where, params, written)
+    if isinstance(form, SlotFormat):
+        if any(whole.held(params, name) for name in names if name.path == places.TOKENS):
+            got = "an embedding trained whole beside a prompt"
+            raise AdapterError(where, got, "the model's own, in which peft looks the tokens up")
+        tensors = slot_formats.beside(tensors)
     return config, tensors, README.format(base="{base}", method=method)
 
 
@@ -145,6 +150,10 @@ def restore(
     names = places.rows(names)
     modules = tuple(config.get("modules_to_save") or ())
     saved = targets.find_whole(names, num_layers, modules) if modules else []
+    if isinstance(form, SlotFormat):
+        slot_formats.rename(tensors)
+        saved = slot_formats.looked_up(form, tensors, saved)
+    whole_hf.drop_copies(config, tensors, saved, num_layers)
     params = whole_hf.replace_bases(where, config, tensors, params, names, saved)
     if isinstance(form, SlotFormat):
         params = slot_formats.restore(form, where, config, tensors, params)

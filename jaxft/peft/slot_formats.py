@@ -1,6 +1,7 @@
 """Slots in peft's format: a few whole tensors that belong to no module, and the sizes of the model they were made for.
 
 peft stores what an encoder makes, never the encoder, so a slot that is read back is plain rows; they train on as such.
+Modules trained whole beside a slot are stored as in any adapter, under names that are shorter.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.core import tree
+from jaxft.core.names import Name
 from jaxft.core.weight import Slot
-from jaxft.peft import disk
+from jaxft.peft import disk, places
 from jaxft.peft.disk import AdapterError, Tensors
 
 Fields = dict[str, Any]
@@ -44,6 +46,7 @@ class SlotFormat:
     """(where, config): raises AdapterError for a value of a known field that is not understood."""
     claims: Callable[[Fields], bool] = lambda config: True
     biases: bool = False
+    saves: bool = True
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -77,6 +80,33 @@ def restore(form: SlotFormat, where: object, config: Fields, tensors: Tensors, p
             raise AdapterError(f"{where}: {name}", f"shape {list(array.shape)}", f"{list(shape)}", OTHER)
         held[name] = jnp.asarray(array.astype(np.float32))
     return {**params, form.place: form.read(config, held)}
+
+
+BASE = "base_model."
+"""What the names of the model's own modules begin with: beside a slot peft wraps none, so it is shorter than
+`disk.PREFIX`."""
+
+
+def beside(tensors: Tensors) -> Tensors:
+    """The tensors of modules as they are called beside a slot, those of the slot as they are."""
+    return {(name if name.startswith("/") else f"/{BASE}{name}"): array for name, array in tensors.items()}
+
+
+def rename(tensors: Tensors) -> None:
+    """The inverse, in place."""
+    for name in list(tensors):
+        whole = disk.whole_name(name)
+        if whole.startswith(BASE):
+            tensors[whole.removeprefix(BASE)] = tensors.pop(name)
+
+
+def looked_up(form: SlotFormat, tensors: Tensors, saved: list[Name]) -> list[Name]:
+    """The modules of ``saved`` that peft uses beside a slot: beside a prompt it looks the tokens up in the model's own
+    embedding, and the copy that it saves, which is taken out, never trained."""
+    unused = [name for name in saved if name.path == places.TOKENS and form.place == "prompt"]
+    for name in unused:
+        tensors.pop(f"{name.module}.weight", None)
+    return [name for name in saved if name not in unused]
 
 
 OTHER = "The adapter was made for another model, or its files do not belong together."

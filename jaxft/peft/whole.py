@@ -47,12 +47,24 @@ def wrap(params: tree.Params, name: Name, tied: bool, layers: np.ndarray | None 
 
 
 def adapt_biases(params: tree.Params, names: Names, which: str, found: Sequence[targets.Target]) -> tree.Params:
-    """Trains biases: ``all`` that the model has, or (``lora_only``) those of the adapted layers ``found``."""
+    """Trains biases: ``all`` that the model has, or (``lora_only``) those of the adapted layers ``found``; what
+    is trained whole has its own already."""
     layers = {name.path: None for name in names} if which == "all" else {t.name.path: t.layers for t in found}
     for name in names:
-        if name.bias and name.path in layers:
+        if name.bias and name.path in layers and not held(params, name):
             params = wrap_bias(params, name, layers[name.path])
     return params
+
+
+def held(params: tree.Params, name: Name) -> list[InPlace]:
+    """The weight of a row, or the vectors of a norm, where it is trained whole in every layer; else nothing."""
+    w = places.get(params, name)
+    these = list(w.values()) if isinstance(w, dict) else [w]
+    return these if all(map(_whole, these)) else []
+
+
+def _whole(w: Any) -> bool:
+    return isinstance(w, InPlace) and not any(map(tree.is_split, jax.tree.leaves(w.value, is_leaf=tree.is_split)))
 
 
 def wrap_bias(params: tree.Params, name: Name, layers: np.ndarray | None = None) -> tree.Params:

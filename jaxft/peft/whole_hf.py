@@ -6,10 +6,10 @@ weight, which then replaces the model's own.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,8 +33,8 @@ def export(
     found: list[InPlace] = []
     for name in names:
         w = places.get(params, name)
-        these = list(w.values()) if name.kind == "norm" else [w]
-        if not all(_held(one) and id(one) not in before for one in these):
+        these = whole.held(params, name)
+        if not these or any(id(one) in before for one in these):
             continue
         if name.kind == "norm":
             arrays = {NORM[field]: vector.value for field, vector in w.items()}
@@ -48,11 +48,6 @@ def export(
             if name.path == places.TOKENS and w.tied:  # peft stores the tied head with it
                 tensors |= {f"{n.module}.weight": disk.host(w.value) for n in names if n.path == places.HEAD}
     return {"modules_to_save": saved or None}, tensors, found
-
-
-def _held(w: Any) -> TypeGuard[InPlace]:
-    """Whether a weight is trained whole, in every layer of its stack."""
-    return isinstance(w, InPlace) and not any(map(tree.is_split, jax.tree.leaves(w.value, is_leaf=tree.is_split)))
 
 
 NORM = {"scale": "weight", "bias": "bias"}
@@ -82,7 +77,7 @@ def export_biases(
     """``bias``, its tensors, and the biases that they are of; ``found``: the adapters by path.
 
     Raises AdapterError for a choice peft has no word for."""
-    rows = [n for n in names if n.bias and not isinstance(places.get(params, n), InPlace)]
+    rows = [n for n in names if n.bias and not whole.held(params, n)]
     biased = {module for n in rows for module in n.modules(num_layers)}
     wrapped = {
         m for n in rows if n.path in found for m in targets.adapted(n, num_layers, disk.host(found[n.path].adapted))
@@ -93,8 +88,7 @@ def export_biases(
     for name in rows:
         w = tree.get(params, name.path)
         bias = w["bias"] if isinstance(w, dict) else w.bias if isinstance(w, Affine) else None
-        whole_norm = isinstance(w, dict) and isinstance(w["scale"], InPlace)
-        if isinstance(bias, InPlace) and not whole_norm:
+        if isinstance(bias, InPlace):
             written.append(bias)
             for key, array in layers(name, {"bias": bias.value}, num_layers).items():
                 module = key.removesuffix(".bias")
@@ -160,6 +154,21 @@ def _replace_base(where: object, key: str, array: np.ndarray, params: tree.Param
     if tied:
         return tree.replace(params, places.TOKENS, Untied(old, new))
     return tree.replace(params, name.path, new)
+
+
+def drop_copies(config: Fields, tensors: Tensors, saved: list[Name], num_layers: int) -> None:
+    """Takes out what peft, where all biases train, stores besides the ``M.bias`` of ``saved`` modules: the same bias
+    by its name in the wrapper, and the model's own, which nothing uses."""
+    if config.get("bias") != "all":
+        return
+    own = {f"{module}.bias" for name in saved for module in name.modules(num_layers)}
+    for key in list(tensors):
+        found = {re.sub(rf"\.{wrapper}(?=\.)", "", key, count=1) for wrapper in WRAPPERS} - {key}
+        if found & own:
+            del tensors[key]
+
+
+WRAPPERS = ("original_module", "modules_to_save", r"modules_to_save\.[^.]+")
 
 
 def restore(where: object, config: Fields, tensors: Tensors, params: tree.Params, saved: list[Name]) -> tree.Params:

@@ -85,9 +85,18 @@ BOTH = {
     ),
     "linear with bias": ("llama_bias", LoRA(rank=4)),
     "saved linear with bias": ("llama_bias", LoRA(rank=4, targets=("q_proj",), modules_to_save=("up_proj",))),
+    "saved linear, biases all": (
+        "qwen2",
+        LoRA(rank=4, targets=("q_proj",), modules_to_save=("k_proj",), bias="all"),
+    ),
+    "saved container, biases all": (
+        "llama_bias",
+        LoRA(rank=4, targets=("q_proj",), modules_to_save=("mlp",), bias="all"),
+    ),
     "gpt2": ("gpt2", LoRA(rank=4)),
     "gpt2 by ending": ("gpt2", LoRA(rank=4, targets=("attn.c_proj", "c_fc"))),
     "gpt2 biases": ("gpt2", LoRA(rank=4, targets=("c_attn",), bias="all")),
+    "gpt2 saved norm, biases all": ("gpt2", LoRA(rank=4, targets=("c_attn",), modules_to_save=("ln_f",), bias="all")),
     "gpt2 embeddings": ("gpt2", LoRA(rank=4, targets=("wte", "wpe", "c_attn"))),
     "gpt2 saved": ("gpt2", LoRA(rank=4, targets=("c_attn",), modules_to_save=("ln_f", "wpe"))),
     "gpt2 saved conv": ("gpt2", LoRA(rank=4, targets=("c_attn",), modules_to_save=("c_fc",))),
@@ -164,7 +173,8 @@ def test_to_peft(case, tmp_path, key):
     written = load_file(theirs / "adapter_model.safetensors")
     extra = [k for k in written if k not in own]
     assert set(own) <= set(written)
-    assert all(k.endswith((".base_layer.weight", *base)) for k in extra), extra
+    again = (".modules_to_save.", ".original_module.")  # the biases of modules trained whole once more
+    assert all(k.endswith((".base_layer.weight", *base)) or any(part in k for part in again) for k in extra), extra
 
 
 @pytest.mark.parametrize("case", BOTH)

@@ -17,7 +17,19 @@ from jaxft import peft as jaxft_peft
 from jaxft.core import tree
 from jaxft.core.weight import NotMergeable
 from jaxft.models import decoder, heads, slots
-from jaxft.peft import METHODS, LoRA, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning, PTuningV2, disk, store
+from jaxft.peft import (
+    METHODS,
+    LoRA,
+    MultitaskPromptTuning,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    disk,
+    places,
+    store,
+    whole,
+)
 from jaxft.rollout import score
 from tests.peft import pairs
 
@@ -218,6 +230,15 @@ def test_slots_and_lora_train_together(tmp_path):
     chex.assert_trees_all_equal(pairs.load("llama", pairs.save("llama", params, tmp_path / "adapter")), params)
     with pytest.raises(ValueError, match="already has a prompt"):
         adapt("llama", [PromptTuning(), PTuning()])
+
+
+def test_an_embedding_trained_whole_beside_a_prompt_is_saved_in_our_format(tmp_path):
+    """peft looks the tokens up in the model's own, and would ignore it."""
+    (row,) = (name for name in pairs.ours("llama").names if name.path == places.TOKENS)
+    params = pairs.moved(whole.wrap(adapt("llama", PromptTuning(tokens=4)), row, False), KEY)
+    directory = pairs.save("llama", params, tmp_path / "adapter")
+    assert json.loads((directory / disk.CONFIG).read_text())["peft_type"] == "JAXFT"
+    chex.assert_trees_all_equal(pairs.load("llama", directory), params)
 
 
 @pytest.mark.parametrize(

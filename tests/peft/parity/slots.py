@@ -2,7 +2,7 @@
 
 import peft
 
-from jaxft.peft import PrefixTuning, PromptTuning, PTuning, PTuningV2
+from jaxft.peft import Norms, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from tests.peft.parity.case import Case
 
 MODELS = (
@@ -18,6 +18,12 @@ TASK = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
 CASES = {
     "prompt tuning": Case(
         PromptTuning(tokens=5), lambda: peft.PromptTuningConfig(**TASK), models=MODELS, mergeable=False
+    ),
+    "prompt tuning beside whole modules": Case(
+        [PromptTuning(tokens=5), Norms(targets=("norm",))],
+        lambda: peft.PromptTuningConfig(**TASK, modules_to_save=["embed_tokens", "q_proj", "model.norm"]),
+        models=("llama", "llama_tied"),
+        mergeable=False,
     ),
     "p-tuning": Case(
         PTuning(tokens=5, hidden=16),
