@@ -191,7 +191,8 @@ def answered(
             ]
         else:
             stacked = tree.cast(many.wrap(*tree.partition(params, differs), len(runs)), dtype)
-            ids = [index for index in range(len(runs)) for _ in prompts]
+            named = [*range(len(runs) - 1), -1]  # the last of a stack is -1: `many.for_rows`
+            ids = [member for member in named for _ in prompts]
             rows = answers.ask(runs[0].config, stacked, [*prompts] * len(runs), base, how, ids)
             said = [rows[index * len(prompts) : (index + 1) * len(prompts)] for index in range(len(runs))]
         return [
