@@ -3,6 +3,8 @@
 The environment is set before jax is imported. All workers, and all runs, share one compilation cache on disk.
 """
 
+import ctypes
+import gc
 import itertools
 import os
 from pathlib import Path
@@ -39,8 +41,9 @@ STRICT_RANKS = ("objectives",)  # [B] against [B, T] is the classic bug there; i
 
 
 MAPPINGS = Path("/proc/self/maps")
-MANY_MAPPINGS = 25_000
-"""Linux lets a process have 65,530 and each compiled program takes several: past them XLA crashes."""
+MANY_MAPPINGS = 12_000
+"""Linux lets a process have 65,530 and each compiled program takes several: past them XLA crashes. Here they are still
+about two gigabytes."""
 finished = itertools.count(1)
 
 
@@ -48,6 +51,8 @@ def pytest_runtest_teardown() -> None:
     """Drops the compiled programs of earlier tests before they are too many for a process."""
     if next(finished) % 20 == 0 and MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
         jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc would keep their memory
 
 
 def _folder(request: pytest.FixtureRequest) -> str:
