@@ -42,7 +42,19 @@ _NAMES = {
     "save_adapter": "jaxft.model",
     "save_hf": "jaxft.model",
 }
-_ROOMS = ("core", "flax", "peft", "models", "sharding", "checkpoint", "data", "objectives", "rollout", "training")
+_ROOMS = (
+    "core",
+    "flax",
+    "peft",
+    "quant",
+    "models",
+    "sharding",
+    "checkpoint",
+    "data",
+    "objectives",
+    "rollout",
+    "training",
+)
 
 __all__ = ["__version__", *_NAMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -254,6 +254,8 @@ def count(tree: Params) -> int:
 
     def elements(w: Any) -> int:
         if isinstance(w, Weight):
+            if w.packed:
+                return math.prod(w.shape) if jax.tree.leaves(w.codes) else 0  # type: ignore[attr-defined]
             fields = dataclasses.fields(w)  # type: ignore[arg-type]
             return sum(count(getattr(w, f.name)) for f in fields if weights.role(f) in kinds)
         return math.prod(w.shape) if jnp.issubdtype(w.dtype, jnp.inexact) else 0
@@ -262,7 +264,8 @@ def count(tree: Params) -> int:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Floating arrays of the model itself (plain, bases, biases) in ``dtype``; adapters cast themselves at use."""
+    """Floating arrays of the model itself (plain, bases, biases) in ``dtype``; adapters cast themselves at use, and
+    packed weights stay what they are, values and all."""
 
     def one(w: Any) -> Any:
         if isinstance(w, Weight):

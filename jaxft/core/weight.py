@@ -63,6 +63,7 @@ class Weight:
 
     __array_ufunc__ = None  # numpy hands `x @ w` over instead of iterating over w
     adapter: ClassVar[bool] = True  # wraps a base that `strip` gives back; False for parts of the model itself
+    packed: ClassVar[bool] = False  # a matrix of the model in few bits: frozen `codes` and what scales them
     mergeable: ClassVar[bool] = True  # whether `x @ w` is `x` times a matrix plus a constant
     linear: ClassVar[tuple[str, ...]] = ()  # fields: of a multiple of them, `x @ w - x @ base` is that multiple
     noted: ClassVar[tuple[str, ...]] = ("rate",)  # static fields that `x @ w` without dropout does not depend on
@@ -80,7 +81,12 @@ class Weight:
 
     @property
     def dtype(self) -> Any:
-        return self.base.dtype
+        return dense_dtype(self.base)
+
+    @property
+    def dense_dtype(self) -> Any:
+        """The dtype of `dense`: that of the weight, unless it is packed."""
+        return self.dtype
 
     @property
     def adapted(self) -> jax.Array:
@@ -113,7 +119,7 @@ class Weight:
 
     def unshard(self) -> "Weight":
         """The same weight with its stored bytes gathered before use; wrappers pass it on to their base."""
-        base = self.base
+        base = getattr(self, "base", None)
         return dataclasses.replace(self, base=base.unshard()) if isinstance(base, Weight) else self  # type: ignore[type-var]
 
     def dense(self) -> jax.Array:
@@ -321,6 +327,11 @@ class Slot(Weight):
 def _upon(head: Any, lookup: Any) -> Any:
     """An adapted head with ``lookup`` in place of the embedding that it reads."""
     return Transposed(lookup) if type(head) is Transposed else head.upon(_upon(head.base, lookup))
+
+
+def dense_dtype(w: Any) -> Any:
+    """The dtype of the matrix that ``w`` stands for."""
+    return w.dense_dtype if isinstance(w, Weight) else w.dtype
 
 
 def plain(w: Any) -> Any:

@@ -201,7 +201,7 @@ def host(w: Any) -> Any:
 def layers_of(name: Name, num_layers: int, w: Any) -> list[tuple[str, Any]]:
     """(torch module, one layer's weight with a shape for its base) of every adapted layer."""
     hits = np.atleast_1d(np.asarray(w.adapted))
-    bare = dataclasses.replace(w, base=jax.ShapeDtypeStruct(w.base.shape[-2:], w.base.dtype))
+    bare = dataclasses.replace(w, base=jax.ShapeDtypeStruct(w.base.shape[-2:], w.dtype))
 
     def layer(i: int) -> Any:
         return dataclasses.replace(bare, **{n: v[i] for n, v in _arrays(bare).items()}) if name.stacked else bare

@@ -122,7 +122,7 @@ def rows_of_a_batch_meet_their_own_adapter(s: Subject) -> None:
 def eval_shape(s: Subject) -> None:
     """It can be built and used without a single array: no value decides a shape."""
     w = jax.eval_shape(lambda k: s.row.build(k, F32), s.key)
-    require(w.shape == s.fresh.shape and w.dtype == F32, f"shape {w.shape}, dtype {w.dtype}")
+    require(w.shape == s.fresh.shape and w.dtype == s.fresh.dtype, f"shape {w.shape}, dtype {w.dtype}")
     out = jax.eval_shape(scanned, s.x, w)
     require((out.shape, out.dtype) == (s.x.shape, s.x.dtype), f"x @ w gives {out.dtype}{list(out.shape)}")
     require(tree.count(w) == tree.count(s.fresh), f"{tree.count(w)} parameters instead of {tree.count(s.fresh)}")

@@ -43,7 +43,7 @@ def shape_and_dtype(s: Subject) -> None:
     """shape, ndim and dtype are those of the matrix it stands for; a layer is one matrix."""
     w, (rows, columns) = s.stack, s.sizes
     require(w.shape == (LAYERS, rows, columns) and w.ndim == 3, f"shape {w.shape}")
-    require(w.dtype == F32, f"dtype {w.dtype}")
+    require(weights.dense_dtype(w) == F32, f"dtype {w.dtype}")
     require(w[0].shape == (rows, columns), f"a layer has shape {w[0].shape}")
     if s.row.matrix:
         require(verbs.dense(w).dtype == F32, f"dense() has dtype {verbs.dense(w).dtype}")
@@ -143,13 +143,13 @@ def _holds_experts(w: Any) -> bool:
     """Whether `ragged_dot` is defined by the weight and by all that it wraps."""
     if not isinstance(w, Weight):
         return True
-    return type(w).ragged_dot is not Weight.ragged_dot and _holds_experts(w.base)
+    return type(w).ragged_dot is not Weight.ragged_dot and _holds_experts(getattr(w, "base", None))
 
 
 def bf16_model_with_f32_adapters(s: Subject) -> None:
     """On a bfloat16 base the trained fields are float32, the product keeps the dtype of x and bfloat16's accuracy."""
     w = trained(s.row.build(s.key, jnp.dtype("bfloat16")), s.key)
-    require(w.dtype == jnp.bfloat16, f"dtype {w.dtype} on a bfloat16 base")
+    require(weights.dense_dtype(w) == jnp.bfloat16, f"dtype {w.dtype} on a bfloat16 base")
     dtypes = {a.dtype for a in jax.tree.leaves(split(w)[0])}
     require(dtypes <= {F32}, f"trained fields are {dtypes}: a bfloat16 parameter cannot hold small updates")
     x = jax.random.normal(s.key, (4, s.sizes[0])).astype(jnp.bfloat16)
@@ -221,11 +221,17 @@ def merging_numbers_that_are_not_finite_is_refused(s: Subject) -> None:
 def cast_leaves_adapters_alone(s: Subject) -> None:
     """Casting the model casts its bases and biases, never what a method added."""
     half = tree.cast({"w": s.stack}, jnp.bfloat16)["w"]
-    require(half.dtype == jnp.bfloat16, f"the base stays {half.dtype}")
+    packed = any(isinstance(w, Weight) and w.packed for w in _within(s.stack))
+    require(packed or half.dtype == jnp.bfloat16, f"the base stays {half.dtype}")
     own = _model_paths(s.stack)
     for (path, was), (_, now) in zip(tree.paths(s.stack), tree.paths(half), strict=True):
         wanted = jnp.bfloat16 if path in own else was.dtype
         require(now.dtype == wanted, f"{path} is {now.dtype}, expected {jnp.dtype(wanted).name}")
+
+
+def _within(w: Any) -> list[Any]:
+    """The weight and all that it wraps."""
+    return [w, *_within(w.base)] if hasattr(w, "base") else [w]
 
 
 def _model_paths(w: Any, path: str = "") -> set[str]:

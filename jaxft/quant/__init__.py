@@ -1,0 +1,7 @@
+"""Weights that store fewer bits than they stand for, usable wherever an array is: ``x @ w``, slices, shardings."""
+
+from jaxft.quant import bitsandbytes, fp4, nf4
+from jaxft.quant.config import QuantConfig, chosen, pack
+from jaxft.quant.four_bit import FourBit
+
+__all__ = ["FourBit", "QuantConfig", "bitsandbytes", "chosen", "fp4", "nf4", "pack"]

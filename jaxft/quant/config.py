@@ -1,0 +1,77 @@
+"""Which weights of a model are stored in few bits, and how."""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from jaxft.core import tree
+from jaxft.core.names import Name, Names
+from jaxft.core.weight import Weight
+from jaxft.quant import four_bit
+
+Method = Literal["none", "nf4", "fp4"]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How the linear layers of the decoder are stored. Embeddings, norms, biases and the head stay as they are."""
+
+    method: Method = "none"
+    """nf4 or fp4: four bits and a scale for each block. none: nothing is quantised."""
+    block_size: int = 64
+    """Input features that share a scale: a power of two from 32 to 4096."""
+    double_quant: bool = True
+    """Whether the scales are quantised as well (0.13 instead of 0.5 bits a parameter)."""
+    skip: str = ""
+    """A regex searched in torch module names and in our paths: what it finds stays as it is, such as down_proj."""
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(f"quant.method: got {self.method!r}; expected one of {', '.join(get_args(Method))}")
+        try:
+            re.compile(self.skip)
+        except re.error as error:
+            raise ValueError(f"quant.skip: got {self.skip!r}, no regex ({error})") from None
+
+    def picks(self, name: Name) -> bool:
+        """Whether the weight of that name is stored in few bits."""
+        skipped = self.skip and (re.search(self.skip, name.module) or re.search(self.skip, name.path))
+        return name.stacked and name.kind in ("linear", "conv1d") and not skipped
+
+    def packer(self, name: Name) -> Callable[[Any], Weight] | None:
+        """What packs the weight of that name; None for one that stays as it is."""
+        return self.pack if self.picks(name) else None
+
+    def pack(self, w: Any) -> Weight:
+        """The few bits of a floating array [*stack, in, out]. Raises ValueError if it does not fit."""
+        return four_bit.quantize(w, self.method, self.block_size, self.double_quant)
+
+
+def chosen(quantize: "str | QuantConfig | None") -> QuantConfig | None:
+    """The config that a user's word, or config, stands for; None if nothing is to be quantised."""
+    config = QuantConfig(method=quantize) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
+    return None if config is None or config.method == "none" else config
+
+
+def pack(params: tree.Params, names: Names, config: QuantConfig) -> tree.Params:
+    """The model with its chosen weights in few bits. Raises ValueError naming the weight that does not fit, or if the
+    config skips everything."""
+
+    def one(name: Name, w: Any) -> Any:
+        if isinstance(w, Weight):
+            raise ValueError(
+                f"{name.path}: got a {type(w).__name__}; expected a plain weight: quantise before adapting"
+            )
+        try:
+            return config.pack(w)
+        except ValueError as error:
+            raise ValueError(f"{name.path}: {error}") from None
+
+    picked = [name for name in names if config.picks(name)]
+    if not picked:
+        raise ValueError(f"quant.skip: {config.skip!r} leaves nothing to quantise")
+    for name in picked:
+        params = tree.wrap(params, name.path, functools.partial(one, name))
+    return params

@@ -1,0 +1,159 @@
+"""Matrices of four-bit codes with a scale for each block, NF4 and FP4: equal to bitsandbytes' to the bit.
+
+Blocks run along the input features, as in torch's ``[out, in]`` flattened. Where bitsandbytes packs neighbours into a
+byte, here the first half of a block is packed with its second: unpacking needs no interleaving, and the codes can be
+sharded along both axes of the matrix. `bitsandbytes` gives and takes the other order.
+"""
+
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxft.core import products
+from jaxft.core.weight import Weight, static, weight
+from jaxft.quant import blockwise
+from jaxft.quant.codebooks import four_bit
+from jaxft.quant.dtypes import DTYPES, PackedDType
+
+
+@weight
+class FourBit(Weight):
+    """``x @ dense``, the matrix made again wherever it is used. codes: uint8[*stack, in/2, out], byte j of a block
+    holding its elements j (high bits) and j + block/2.
+
+    absmax: float32[*stack, in/block, out], or with double quantisation uint8, scaled by nested: float32[*stack, n/256]
+    (n blocks of a matrix, in the order of ``[out, in/block]``) and moved by offset: float32[*stack]."""
+
+    codes: jax.Array
+    absmax: jax.Array
+    nested: Any = None
+    offset: Any = None
+    kind: str = static(default="nf4")
+    block: int = static(default=64)
+    made_from: str = static(default="bfloat16")
+    adapter: ClassVar[bool] = False
+    packed: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *stack, half, out = self.codes.shape
+        return (*stack, 2 * half, out)
+
+    @property
+    def dtype(self) -> PackedDType:
+        return DTYPES[self.kind]
+
+    @property
+    def dense_dtype(self) -> Any:
+        return jnp.dtype(self.made_from)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    def scales(self) -> jax.Array:
+        """float32[*stack, in/block, out]: the largest magnitude of each block."""
+        if self.nested is None:
+            return self.absmax
+        flat = jnp.swapaxes(self.absmax, -1, -2)
+        made = blockwise.unnest(flat.reshape(*flat.shape[:-2], -1), self.nested, self.offset)
+        return jnp.swapaxes(made.reshape(flat.shape), -1, -2)
+
+    def dense(self) -> jax.Array:
+        half = self.block // 2
+        *stack, packed, out = self.codes.shape
+        codes = self.codes.reshape(*stack, packed // half, half, out)
+        values = blockwise.look_up(jnp.concatenate([codes >> 4, codes & 15], axis=-2), four_bit(self.kind).values)
+        return _rounded((values * self.scales()[..., :, None, :]).reshape(self.shape), self.dense_dtype)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The dense matrix in another dtype."""
+        return self.dense().astype(dtype)
+
+    def __rmatmul__(self, x):
+        return products.remade(x, FourBit.dense, self)
+
+    def take(self, ids):
+        half = self.block // 2
+        row = ids // self.block * half + ids % half
+        byte = self.codes[row]
+        code = jnp.where((ids % self.block < half)[..., None], byte >> 4, byte & 15)
+        values = blockwise.look_up(code, four_bit(self.kind).values) * self.scales()[ids // self.block]
+        return _rounded(values, self.dense_dtype)
+
+    def unembed(self, x):
+        return products.remade(x, lambda w: w.dense().T, self)
+
+    def ragged_dot(self, x, group_sizes):
+        def product(x: jax.Array, w: FourBit) -> jax.Array:
+            return jax.lax.ragged_dot(x, w.dense().astype(x.dtype), group_sizes)
+
+        return jax.checkpoint(product)(x, self)
+
+    def axes(self, names):
+        fields = {"codes": names, "absmax": names}
+        return fields if self.nested is None else fields | {"nested": (*names[:-2], None), "offset": names[:-2]}
+
+    def __repr__(self) -> str:
+        nested = "" if self.nested is None else ", double quantised"
+        sizes = ",".join(map(str, self.shape))
+        return (
+            f"{type(self).__name__}({self.kind}[{sizes}] in blocks of {self.block}{nested}, made from {self.made_from})"
+        )
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in a dtype; rounded to bfloat16 even where the compiler would skip it, as what follows is in float32."""
+    return (jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x).astype(dtype)
+
+
+def quantize(w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool = True) -> FourBit:
+    """The four-bit form of ``w``, a floating array [*stack, in, out].
+
+    Raises ValueError for an array without a matrix, a block size that does not divide ``in`` or is not one of
+    32, 64, ... 4096, and (not while tracing) for numbers that are not finite."""
+    w = jnp.asarray(w)
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"quantize: got {w.dtype}{list(w.shape)}; expected a floating array [..., in, out]")
+    if kind not in DTYPES:
+        raise ValueError(f"quantize: got kind {kind!r}; expected one of {', '.join(DTYPES)}")
+    if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
+        raise ValueError(f"quantize: got block_size {block_size}; expected a power of two from 32 to 4096")
+    if w.shape[-2] % block_size:
+        fits = math.gcd(w.shape[-2], 4096)
+        remedy = f"Use one of at most {fits}, or leave the weight as it is." if fits >= 32 else "Leave it as it is."
+        raise ValueError(
+            f"quantize: got block_size {block_size} for {list(w.shape)}; expected a divisor of its "
+            f"{w.shape[-2]} input features. {remedy}"
+        )
+    if not isinstance(w, Tracer) and not bool(jnp.all(jnp.isfinite(w))):
+        raise ValueError(f"quantize: {list(w.shape)} holds numbers that are not finite; expected a sound weight")
+    return _made(w, kind, block_size, double_quant)
+
+
+def _pack(index: jax.Array) -> jax.Array:
+    """uint8[*stack, in/block, block, out] of indices -> bytes [*stack, in/2, out]."""
+    high, low = jnp.split(index, 2, axis=-2)
+    return ((high << 4) | low).reshape(*index.shape[:-3], -1, index.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _made(w: jax.Array, kind: str, block: int, double: bool) -> FourBit:
+    x = w.astype(jnp.float32).reshape(*w.shape[:-2], -1, block, w.shape[-1])
+    absmax = jnp.max(jnp.abs(x), axis=-2)
+    codes = _pack(blockwise.indices(x, absmax[..., None, :], four_bit(kind)))
+    made = FourBit(codes, absmax, kind=kind, block=block, made_from=jnp.dtype(w.dtype).name)
+    return nest(made) if double else made
+
+
+def nest(w: FourBit) -> FourBit:
+    """The same codes with the scales quantised as well."""
+    flat = jnp.swapaxes(w.absmax, -1, -2)
+    codes, nested, offset = blockwise.nest(flat.reshape(*flat.shape[:-2], -1))
+    absmax = jnp.swapaxes(codes.reshape(flat.shape), -1, -2)
+    return FourBit(w.codes, absmax, nested, offset, w.kind, w.block, w.made_from)

@@ -1,0 +1,33 @@
+"""Packed weights, and methods on them."""
+
+import functools
+
+from jaxft import peft
+from jaxft.core.weight import Affine
+from jaxft.peft import METHODS
+from jaxft.quant import four_bit
+from jaxft.testing.subject import Row, adapted, affine, matrix
+
+SIZES = (32, 48)
+
+
+def packed(key, dtype, sizes=SIZES, kind="nf4"):
+    """A plain stack of matrices in four bits."""
+    return four_bit.quantize(matrix(key, dtype, sizes), kind, block_size=32)
+
+
+def with_bias(key, dtype, sizes=SIZES):
+    """A packed stack of matrices with biases."""
+    made = affine(key, dtype, sizes)
+    return Affine(four_bit.quantize(made.base, block_size=32), made.bias)
+
+
+ROWS = {
+    "nf4": Row(packed, embedding=True),
+    "fp4": Row(functools.partial(packed, kind="fp4"), embedding=True),
+    "lora on nf4": Row(adapted(packed, peft.LoRA(rank=4, targets=("w",)), sizes=SIZES)),
+    "dora on nf4 in affine": Row(adapted(with_bias, peft.DoRA(rank=4, targets=("w",)), sizes=SIZES)),
+    "ia3 around nf4": Row(adapted(with_bias, METHODS["ia3"].config(targets=("w",)), sizes=SIZES)),
+    "oft on nf4": Row(adapted(packed, METHODS["oft"].config(targets=("w",), block_size=8), sizes=SIZES)),
+    "lora pissa on nf4": Row(adapted(packed, peft.LoRA(rank=4, init="pissa", targets=("w",)), sizes=SIZES)),
+}
