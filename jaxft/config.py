@@ -18,6 +18,7 @@ from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS, registry
+from jaxft.quant.config import QuantConfig
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding.mesh import MeshConfig
 from jaxft.training.config import EvalConfig, LogConfig, OptimConfig, TrainConfig
@@ -54,6 +55,8 @@ class RunConfig:
     """The model that is fine-tuned."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training data and its held-out part."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Few bits for the frozen weights (QLoRA): which, and how."""
     peft: tuple[Choice, ...] = fields.choice(
         "method", _METHODS, "lora", "Fine-tuning method.", several=True, load=registry.find
     )

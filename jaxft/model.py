@@ -26,6 +26,7 @@ from jaxft.core.names import Names
 from jaxft.models import families, init, slots
 from jaxft.models.config import ModelConfig
 from jaxft.peft import store
+from jaxft.quant import QuantConfig, chosen
 from jaxft.rollout import generate, score
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding import rules
@@ -135,15 +136,18 @@ def load(
     revision: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sharding: Place | None = None,
+    quantize: str | QuantConfig | None = None,
 ) -> Model:
     """Loads a model's directory or hub id.
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). A ``mesh`` shards the weights by
-    `sharding.rules`, unless ``sharding(path, shape)`` says where each goes; by default all are on one device. Raises
-    CheckpointError with what is wrong and what to do.
+    `sharding.rules`, unless ``sharding(path, shape)`` says where each goes; by default all are on one device.
+    ``quantize``: nf4, fp4 or a `quant.QuantConfig`: linear layers are stored in few bits, each packed as it is read. A
+    checkpoint that bitsandbytes quantised to 4 bits is loaded as it is. Raises CheckpointError with what is wrong and
+    what to do.
     """
     directory = hub.directory(source, revision)
-    loaded = hf.load(directory, dtype, mesh=mesh, sharding=sharding)
+    loaded = hf.load(directory, dtype, mesh=mesh, sharding=sharding, quantize=quantize)
     return Model(loaded.config, loaded.params, loaded.names, loaded.raw, os.fspath(source), directory)
 
 
@@ -154,13 +158,22 @@ def random(
     key: jax.Array,
     revision: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    quantize: str | QuantConfig | None = None,
 ) -> Model:
-    """A model with the architecture and tokenizer of a directory or hub id, and random weights (`models.init`)."""
+    """A model with the architecture and tokenizer of a directory or hub id, and random weights (`models.init`).
+
+    ``quantize``: as of `load`; each layer is packed as it is drawn."""
     directory = hub.directory(source, revision)
     raw = hf.config_of(directory)
     config, names = families.read(raw, str(directory / "config.json"))
+    quant = chosen(quantize)
     make = functools.partial(
-        init.random, config, names, dtype=jnp.dtype(dtype), deviation=raw.get("initializer_range", 0.02)
+        init.random,
+        config,
+        names,
+        dtype=jnp.dtype(dtype),
+        deviation=raw.get("initializer_range", 0.02),
+        pack=None if quant is None else quant.packer,
     )
     shardings = None if mesh is None else rules.shardings(jax.eval_shape(make, key), mesh)
     params = jax.jit(make, out_shardings=shardings)(key)
@@ -175,14 +188,23 @@ def save_hf(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    packed: bool = False,
 ) -> Path:
     """Writes a model that `transformers` loads: weights, config, generation config, tokenizer.
 
     ``params`` without adapters (`jaxft.merge`). ``dtype``: of every tensor, by default that of the embedding. The
-    directory appears complete or not at all; one that holds something is refused unless ``overwrite``."""
+    directory appears complete or not at all; one that holds something is refused unless ``overwrite``. ``packed``:
+    4-bit weights are written as bitsandbytes stores them, instead of dense."""
     made = hf.Loaded(model.config, model.names, params, model.raw)
     return writer.save(
-        made, directory, model.directory, model.own_tokenizer, dtype=dtype, shard=max_shard_size, overwrite=overwrite
+        made,
+        directory,
+        model.directory,
+        model.own_tokenizer,
+        dtype=dtype,
+        shard=max_shard_size,
+        overwrite=overwrite,
+        packed=packed,
     )
 
 

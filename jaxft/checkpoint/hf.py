@@ -4,8 +4,10 @@ Everything is verified from the headers before a single weight is read, so nothi
 understood (a pickle, a quantised file, a tensor too many) is refused with the way out.
 """
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.checkpoint import hub, layout, reader, tensorfile
+from jaxft.checkpoint import hub, layout, packed, reader, tensorfile
 from jaxft.checkpoint.errors import CheckpointError, some
 from jaxft.checkpoint.reader import Place
 from jaxft.checkpoint.tensorfile import Reader, Tensor
 from jaxft.core import tree
 from jaxft.core.names import Names
+from jaxft.core.weight import Weight
 from jaxft.models import families
 from jaxft.models.config import ModelConfig
+from jaxft.quant import QuantConfig, chosen
 from jaxft.sharding import rules
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -28,6 +32,7 @@ DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ("float32", "float16"
     "bfloat16": np.dtype(jnp.bfloat16)
 }
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+Packer = Callable[[jax.Array], Weight]
 CONVERT = (
     'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
     "d, o = '{0}', '{1}-safetensors'; M.from_pretrained(d, dtype='auto').save_pretrained(o); "
@@ -51,28 +56,59 @@ def load(
     revision: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sharding: Place | None = None,
+    quantize: str | QuantConfig | None = None,
 ) -> Loaded:
     """Reads a model's directory or hub id.
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). With a ``mesh`` each leaf is laid out by
     `sharding.rules`; ``sharding(path, shape)`` (paths as `core.tree.paths` lists them) decides instead. Otherwise all
-    is on the default device. Raises CheckpointError, or ValueError for a config.json that is not understood."""
+    is on the default device. ``quantize``: nf4, fp4 or a `QuantConfig`, for weights that are not quantised yet: each
+    layer is packed as it is read. Raises CheckpointError, or ValueError for a config.json that is not understood."""
     directory = hub.directory(source, revision)
     raw = config_of(directory)
-    config, names = families.read(raw, str(directory / "config.json"))
+    config, names = families.read(raw | {"quantization_config": None}, str(directory / "config.json"))
     entries = layout.entries(config, names)
-    tensors = layout.match(entries, tensors_of(directory), config.tie_embeddings, directory)
-    target = _dtype(dtype, raw, tensors[entries[0].tensors[0]])
+    quant = _quant(chosen(quantize), raw, names, directory)
+    if quant and sharding is not None:
+        raise ValueError("sharding: got a function; expected a mesh, by which quantised weights are laid out")
     if mesh is not None and sharding is None:
         sharding = _places(entries, names, mesh)
     leaves = {}
     with Reader() as files:
+        found, parts = packed.fold(files, tensors_of(directory))
+        tensors = layout.match(entries, found, config.tie_embeddings, directory)
+        target = _dtype(dtype, raw, tensors[entries[0].tensors[0]])
         if config.tie_embeddings:
             _verify_tied(files, tensors, entries[0].tensors[0])
         for entry in entries:
             place = None if sharding is None else sharding(entry.path, entry.shape)
-            leaves[entry.path] = reader.read(files, entry, [tensors[name] for name in entry.tensors], target, place)
+            mine = [tensors[name] for name in entry.tensors]
+            within = None if place is None or mesh is None else functools.partial(_inside, entry, names, mesh)
+            if any(t.packed for t in mine):
+                leaves[entry.path] = packed.read(files, mine, parts, entry.stacked, within)
+            elif entry.path in quant:
+                leaves[entry.path] = reader.read_packed(files, entry, mine, target, place, quant[entry.path], within)
+            else:
+                leaves[entry.path] = reader.read(files, entry, mine, target, place)
     return Loaded(config, names, layout.assemble(names, leaves), raw)
+
+
+def _quant(config: QuantConfig | None, raw: dict[str, Any], names: Names, directory: Path) -> dict[str, Packer]:
+    """What packs a weight, by path, for the weights to be quantised while loading."""
+    if config is None:
+        return {}
+    if raw.get("quantization_config") is not None:
+        remedy = "Leave quantize= (model.quant) out: it is loaded as it is stored."
+        raise CheckpointError(directory, "weights that are quantised already", "plain ones to quantise", remedy)
+    picked = [name for name in names if config.picks(name)]
+    if not picked:
+        raise ValueError(f"quant.skip: {config.skip!r} leaves nothing to quantise")
+    return {f"{name.path}/base" if name.bias else name.path: config.pack for name in picked}
+
+
+def _inside(entry: layout.Entry, names: Names, mesh: jax.sharding.Mesh, w: Weight) -> Any:
+    """Where `sharding.rules` puts the arrays of a packed leaf."""
+    return rules.of(next(n.path for n in names if entry.path in (n.path, f"{n.path}/base")), w, mesh)
 
 
 def _places(entries: tuple[layout.Entry, ...], names: Names, mesh: jax.sharding.Mesh) -> Place:
@@ -83,7 +119,7 @@ def _places(entries: tuple[layout.Entry, ...], names: Names, mesh: jax.sharding.
 
 
 def config_of(directory: Path) -> dict[str, Any]:
-    """The parsed config.json of a causal language model that is not quantised."""
+    """The parsed config.json of a causal language model, quantised in a way that is understood or not at all."""
     file = directory / "config.json"
     if not file.exists():
         if (directory / "adapter_config.json").exists():
@@ -99,10 +135,9 @@ def config_of(directory: Path) -> dict[str, Any]:
         raise CheckpointError(file, f"text that is not JSON ({error})", "a JSON object", "Fetch it again.") from None
     if not isinstance(raw, dict):
         raise CheckpointError(file, f"a JSON {type(raw).__name__}", "a JSON object", "Fetch it again.")
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
-        remedy = "Load the original checkpoint it was made from; quantise that if memory asks for it."
-        raise CheckpointError(file, f"weights quantised with {method}", "float32, float16 or bfloat16 weights", remedy)
+    if raw.get("quantization_config") is not None and (got := packed.refusal(raw["quantization_config"])):
+        remedy = "Load the original checkpoint it was made from; quantise that if memory asks for it (quantize=nf4)."
+        raise CheckpointError(file, got, "4 bits of bitsandbytes, or float32, float16 or bfloat16", remedy)
     return raw
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxft.checkpoint.errors import CheckpointError, some
-from jaxft.checkpoint.tensorfile import DTYPES, Tensor
+from jaxft.checkpoint.tensorfile import FLOATS, Tensor
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import Affine
@@ -125,10 +125,10 @@ def _missing_remedy(missing: list[str]) -> str:
 
 
 def _verify(tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in FLOATS and not tensor.packed:
         remedy = "Quantised and fp8 checkpoints are not read: use the original, or dequantise it to bfloat16 first."
-        raise CheckpointError(tensor.where, f"dtype {tensor.dtype}", f"one of {', '.join(DTYPES)}", remedy)
-    if tensor.shape != shape:
+        raise CheckpointError(tensor.where, f"dtype {tensor.dtype}", f"one of {', '.join(FLOATS)}", remedy)
+    if tensor.shape not in (shape, shape[::-1] if tensor.packed else shape):
         remedy = "config.json and the weights disagree: correct the field it comes from"
         if tensor.shape[1:] == shape[1:] and len(shape) == 2:
             remedy += f' (an embedding or head of {tensor.shape[0]} rows wants "vocab_size": {tensor.shape[0]})'

@@ -6,17 +6,21 @@ buffer; the cast and the transpose happen on the device, in a donated update of 
 holds more beyond the model than about one tensor.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxft.checkpoint.errors import CheckpointError
 from jaxft.checkpoint.layout import Entry
 from jaxft.checkpoint.tensorfile import DTYPES, Reader, Target, Tensor
+from jaxft.core.weight import Weight
 
 Place = Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None]
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of a device's slice along each axis of a leaf
@@ -41,6 +45,61 @@ def read(
     if sharding is None:
         return arrays[0]
     return jax.make_array_from_single_device_arrays(entry.shape, sharding, arrays)
+
+
+def read_packed(
+    reader: Reader,
+    entry: Entry,
+    tensors: list[Tensor],
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None,
+    pack: Callable[[jax.Array], Weight],
+    places: Callable[[Weight], Any] | None,
+) -> Weight:
+    """One leaf in few bits, each layer packed as it comes: beside them no more than one layer's matrix is in memory.
+
+    ``sharding``: of that matrix; ``places``: of the arrays of the packed stack, given their shapes."""
+    one = dataclasses.replace(entry, shape=entry.shape[1:], stacked=False) if entry.stacked else entry
+    if isinstance(sharding, NamedSharding) and entry.stacked:
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+    def layer(tensor: Tensor) -> Weight:
+        try:
+            return pack(read(reader, one, [tensor], dtype, sharding))
+        except ValueError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            remedy = "Leave this weight out with quant.skip, or correct the setting."
+            raise CheckpointError(tensor.where, str(error), "a weight that can be quantised", remedy) from None
+
+    return stack(map(layer, tensors), len(tensors) if entry.stacked else None, places)
+
+
+def stack(layers: Iterable[Weight], count: int | None, places: Callable[[Weight], Any] | None) -> Weight:
+    """Packed layers as one stack of ``count``, filled in place as they come (None: the only one, as it is)."""
+    whole: Any = None
+    for i, layer in enumerate(layers):
+        if count is None:
+            return layer if places is None else jax.device_put(layer, places(layer))
+        whole = _empty(layer, count, places) if whole is None else whole
+        whole = jax.block_until_ready(_put(whole, layer, i))
+    return whole
+
+
+def _empty(layer: Weight, count: int, places: Callable[[Weight], Any] | None) -> Any:
+    """A stack of ``count`` layers like this one, to be filled."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape), a.dtype), layer)
+
+    def zeros() -> Any:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+    return jax.jit(zeros, out_shardings=None if places is None else places(shapes))()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Any, layer: Any, index: jax.Array) -> Any:
+    """Writes one layer into its place in each array of a stack."""
+    return jax.tree.map(lambda s, a: jax.lax.dynamic_update_index_in_dim(s, a, index, 0), stack, layer)
 
 
 def _region(entry: Entry, bounds: Bounds) -> tuple[slice, slice]:

@@ -20,12 +20,13 @@ import numpy as np
 
 from jaxft.checkpoint.errors import CheckpointError
 
-DTYPES: dict[str, Any] = {
+FLOATS: dict[str, Any] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
     "F64": np.dtype(np.float64),
 }
+DTYPES = FLOATS | {"U8": np.dtype(np.uint8)}  # what packed weights are made of, too
 MAX_HEADER = 100_000_000  # the format's own limit
 CHUNK = 4 * 2**20  # bytes read at a time
 THREADS = min(4, os.cpu_count() or 1)
@@ -42,6 +43,9 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    packed: bool = False
+    """Whether it stands for a matrix [out, in] of this shape that is stored in few bits, in several tensors."""
 
     @property
     def where(self) -> str:
@@ -128,6 +132,11 @@ class Reader:
             self._chunk(tensor, targets, row, min(row + step, last), narrow)
 
         list(self._pool.map(chunk, range(first, last, step)))
+
+    def whole(self, tensor: Tensor) -> np.ndarray:
+        """A tensor in its own shape and dtype."""
+        rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+        return self.rows(tensor, 0, rows).reshape(tensor.shape)
 
     def rows(self, tensor: Tensor, first: int, last: int) -> np.ndarray:
         """Rows ``first:last`` of a tensor seen as a matrix, in its own dtype."""

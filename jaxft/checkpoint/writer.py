@@ -3,6 +3,7 @@
 Written tensor by tensor into a directory beside the target, synced, and renamed: it appears whole or not at all.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from jaxft.checkpoint.hf import Loaded
 from jaxft.core import tree, verbs
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, Split, Untied, Weight
+from jaxft.quant import bitsandbytes
 
 # What AutoModelForCausalLM makes of a model_type; written when the source names no causal language model itself.
 ARCHITECTURES = {
@@ -50,6 +52,27 @@ class Piece:
     weight: Any
     layer: int | None
     transposed: bool
+    packed: bool = False
+    """Whether it is written as the tensors of a matrix in few bits."""
+
+    @property
+    def matrix(self) -> Any:
+        """The weight of its layer."""
+        return self.weight if self.layer is None else self.weight[self.layer]
+
+    def described(self, dtype: np.dtype) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of each tensor of it on disk."""
+        if not self.packed:
+            return [(self.name, dtype, self.shape)]
+        shapes = jax.eval_shape(lambda: self.matrix)
+        return [(name, *how) for name, how in bitsandbytes.described(shapes, self.name).items()]
+
+    def arrays(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The tensors, in that order, in host memory."""
+        if not self.packed:
+            yield _host(self, dtype)
+            return
+        yield from bitsandbytes.tensors(jax.tree.map(host.gather, self.matrix), self.name).values()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,13 +89,15 @@ def save(
     dtype: str | None = None,
     shard: int | str = "5GB",
     overwrite: bool = False,
+    packed: bool = False,
 ) -> Path:
     """Writes the model; generation config and tokenizer files are copied from ``source``, the directory it came from,
-    unless ``own_tokenizer`` is given. Raises CheckpointError; on several hosts every process must call it."""
+    unless ``own_tokenizer`` is given. Weights in few bits are written dense, or with ``packed`` as bitsandbytes stores
+    them. Raises CheckpointError; on several hosts every process must call it."""
     target = Path(directory).expanduser().absolute()
     _refuse_occupied(target, overwrite)
     model = biases.switched_on(model)
-    pieces = _pieces(model)
+    pieces = [dataclasses.replace(p, packed=packed and getattr(p.weight, "packed", False)) for p in _pieces(model)]
     kind = pieces[0].weight.dtype if dtype is None else hf.dtype_named(dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     first = jax.process_index() == 0
@@ -80,7 +105,7 @@ def save(
     try:
         _write_weights(work, pieces, np.dtype(kind), size_of(shard))
         if work is not None:
-            _write_rest(work, model, source, own_tokenizer, np.dtype(kind).name)
+            _write_rest(work, model, source, own_tokenizer, np.dtype(kind).name, pieces)
             work.chmod(0o755)
             _sync(work)
             _replace(work, target)
@@ -159,27 +184,28 @@ def size_of(text: int | str) -> int:
 
 def _write_weights(work: Path | None, pieces: list[Piece], dtype: Any, limit: int) -> None:
     """All tensors, in shards of at most ``limit`` bytes (a larger tensor has its own), and their index."""
-    sizes = [int(np.prod(piece.shape)) * dtype.itemsize for piece in pieces]
-    shards: list[list[Piece]] = []
+    entries = [piece.described(dtype) for piece in pieces]
+    sizes = [sum(int(np.prod(shape)) * kind.itemsize for _, kind, shape in entry) for entry in entries]
+    shards: list[list[int]] = []
     held = 0
-    for piece, size in zip(pieces, sizes, strict=True):
+    for i, size in enumerate(sizes):
         if not shards or held + size > limit:
             shards.append([])
             held = 0
-        shards[-1].append(piece)
+        shards[-1].append(i)
         held += size
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = [hf.SINGLE] if len(shards) == 1 else names
     for file, shard in zip(names, shards, strict=True):
-        arrays = (_host(piece, dtype) for piece in shard)
+        arrays = (array for i in shard for array in pieces[i].arrays(dtype))
         if work is None:  # another process writes; this one takes part in the gathering
             for _ in arrays:
                 pass
         else:
-            tensorfile.write(work / file, [(piece.name, dtype, piece.shape) for piece in shard], arrays)
+            tensorfile.write(work / file, [entry for i in shard for entry in entries[i]], arrays)
     if work is not None and len(shards) > 1:
-        where = {piece.name: file for file, shard in zip(names, shards, strict=True) for piece in shard}
-        elements = sum(sizes) // dtype.itemsize
+        where = {e[0]: file for file, shard in zip(names, shards, strict=True) for i in shard for e in entries[i]}
+        elements = sum(int(np.prod(piece.shape)) for piece in pieces)
         index = {"metadata": {"total_parameters": elements, "total_size": sum(sizes)}, "weight_map": where}
         _write_json(work / hf.INDEX, index)
 
@@ -228,15 +254,37 @@ def config_of(model: Loaded, dtype: str) -> dict[str, Any]:
     return raw
 
 
-def _write_rest(work: Path, model: Loaded, source: Path | None, own_tokenizer: Any, dtype: str) -> None:
+def _write_rest(
+    work: Path, model: Loaded, source: Path | None, own_tokenizer: Any, dtype: str, pieces: list[Piece]
+) -> None:
     """config.json, generation_config.json and the tokenizer."""
-    _write_json(work / "config.json", config_of(model, dtype))
+    raw = config_of(model, dtype)
+    raw.pop("quantization_config", None)
+    if any(piece.packed for piece in pieces):
+        raw["quantization_config"] = _quantisation(pieces, dtype)
+    _write_json(work / "config.json", raw)
     if source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", work / "generation_config.json")
     if own_tokenizer is not None:
         own_tokenizer.save_pretrained(work)
     elif source is not None:
         tokenizer.copy(source, work)
+
+
+def _quantisation(pieces: list[Piece], dtype: str) -> dict[str, Any]:
+    """What transformers wants to know of weights that bitsandbytes is to read."""
+    first = next(piece.weight for piece in pieces if piece.packed)
+    plain = {piece.name.removesuffix(".weight") for piece in pieces if not piece.packed and len(piece.shape) == 2}
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": first.kind,
+        "bnb_4bit_use_double_quant": first.nested is not None,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": sorted(plain),
+    }
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("jaxft.cli.chat", "Talk with a model in the terminal"),
     "eval": ("jaxft.cli.eval", "Measure loss, perplexity and exact match on held-out data"),
     "compare": ("jaxft.cli.compare", "Train many methods on one task at one size, and rank them"),
+    "quantize": ("jaxft.cli.quantize", "Store a model in four bits"),
     "merge": ("jaxft.cli.merge", "Work an adapter into its model's weights"),
     "combine": ("jaxft.cli.combine", "Make one adapter of several on the same base"),
     "inspect": ("jaxft.cli.inspect", "Tell what is in an adapter, without its model"),

@@ -65,10 +65,11 @@ def model(config: RunConfig, mesh: Mesh | None) -> Model:
     """The base model, read or drawn anew, with the chat template that the data is written in."""
     section = config.model
     if section.init == "pretrained":
-        found = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh)
+        found = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh, quantize=config.quant)
     else:
         key = jax.random.key(config.train.seed)
-        found = model_.random(section.path, section.dtype, revision=section.revision, mesh=mesh, key=key)
+        how = {"revision": section.revision, "mesh": mesh, "quantize": config.quant}
+        found = model_.random(section.path, section.dtype, key=key, **how)
     if found.tokenizer is None:
         raise ValueError(f"model.path: {section.path} holds no tokenizer; put the model's tokenizer files beside it")
     if section.new_tokens:

@@ -163,7 +163,7 @@ def _group(reader: Reader, config: dict[str, Any], found: Contents, own: dict[tu
         for end, tensor in ((end, t) for (m, end), t in own.items() if m == module):
             size = int(np.prod(tensor.shape))
             group.bytes += tensor.nbytes
-            if tensor.dtype not in tensorfile.DTYPES:
+            if tensor.dtype not in tensorfile.FLOATS:
                 continue  # indices: no parameters
             group.parameters += size
             rows = size // (1, *tensor.shape)[-1] if size else 0

@@ -114,7 +114,8 @@ def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:
         raise ConfigError(
             f"model.init: random weights of {section.path} are not kept; give a model that is (model.init=pretrained)"
         )
-    model = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh)
+    quant = found.config.quant
+    model = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh, quantize=quant)
     brought = None if found.adapter is None else tokenizer.load(found.adapter)
     if brought is not None:
         model = vocabulary.with_tokenizer(model, brought, section.vocab_multiple)

@@ -2,13 +2,14 @@
 
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.core import tree
-from jaxft.core.names import Names
+from jaxft.core.names import Name, Names
 from jaxft.core.weight import Affine
 from jaxft.models.config import ModelConfig
 
@@ -29,8 +30,20 @@ def shapes(config: ModelConfig, names: Names) -> dict[str, tuple[int, ...]]:
     return {row.path: (config.num_layers, *single[row.path]) if row.stacked else single[row.path] for row in names}
 
 
-def random(config: ModelConfig, names: Names, key: jax.Array, dtype: Any, deviation: float = 0.02) -> tree.Params:
-    """Random parameters: normal matrices, norms of ones (stored offsets: zeros), biases of zero, made on the device."""
+Pack = Callable[[jax.Array], Any]
+
+
+def random(
+    config: ModelConfig,
+    names: Names,
+    key: jax.Array,
+    dtype: Any,
+    deviation: float = 0.02,
+    pack: Callable[[Name], Pack | None] | None = None,
+) -> tree.Params:
+    """Random parameters: normal matrices, norms of ones (stored offsets: zeros), biases of zero, made on the device.
+
+    ``pack(name)``: what stores a matrix of that name in fewer bits, or None; each layer is packed as it is drawn."""
     params: tree.Params = {}
     sizes = shapes(config, names)
     for row in names:
@@ -40,19 +53,21 @@ def random(config: ModelConfig, names: Names, key: jax.Array, dtype: Any, deviat
             if row.bias:
                 value["bias"] = jnp.zeros(shape, dtype)
         else:
-            value = _normal(jax.random.fold_in(key, zlib.crc32(row.path.encode())), shape, dtype, deviation)
+            how = None if pack is None else pack(row)
+            value = _normal(jax.random.fold_in(key, zlib.crc32(row.path.encode())), shape, dtype, deviation, how)
             if row.bias:
                 value = Affine(value, jnp.zeros((*shape[:-2], shape[-1]), dtype))
         params = _put(params, row.path, value)
     return params
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float, pack: Pack | None) -> Any:
     """Layer by layer, so that the float32 draw never exists for the whole stack."""
     if len(shape) < 3:
-        return (deviation * jax.random.normal(key, shape)).astype(dtype)
-    return jax.lax.map(lambda k: _normal(k, shape[1:], dtype, deviation), jax.random.split(key, shape[0]))
+        drawn = (deviation * jax.random.normal(key, shape)).astype(dtype)
+        return drawn if pack is None else pack(drawn)
+    return jax.lax.map(lambda k: _normal(k, shape[1:], dtype, deviation, pack), jax.random.split(key, shape[0]))
 
 
 def _put(params: tree.Params, path: str, value: Any) -> tree.Params:

@@ -63,10 +63,12 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, rules: Mapping[str, str
 def shardings(params: tree.Params, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> tree.Params:
     """A tree of NamedSharding like ``params`` (arrays or shapes)."""
 
-    def one(path: str, w: Any) -> Any:
-        return _of(w, logical(path), mesh, rules)
+    return tree.map_weights(lambda path, w: of(path, w, mesh, rules), params)
 
-    return tree.map_weights(one, params)
+
+def of(path: str, w: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+    """The weight at ``path`` with a NamedSharding in the place of each array."""
+    return _of(w, logical(path), mesh, rules)
 
 
 def _of(w: Any, axes: Axes, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:

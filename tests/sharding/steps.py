@@ -14,6 +14,7 @@ from jaxft.models import families, init
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 from jaxft.objectives import OBJECTIVES, SFT
+from jaxft.quant import QuantConfig
 from jaxft.rollout import score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
@@ -42,13 +43,22 @@ class Parts(NamedTuple):
     optimizer: Optimizer
 
 
-def parts(raw: dict[str, Any], method: Any, dtype: Any, settings: OptimConfig, abstract: bool = False) -> Parts:
+def parts(
+    raw: dict[str, Any],
+    method: Any,
+    dtype: Any,
+    settings: OptimConfig,
+    abstract: bool = False,
+    quant: QuantConfig | None = None,
+) -> Parts:
     """A random model of a config.json, adapted; `abstract`: its shapes only, nothing allocated."""
     config, names = families.read(raw)
 
     def make(key: jax.Array) -> tree.Params:
         spread = 0.02 if abstract else 0.2
-        return peft.adapt(Base(init.random(config, names, key, dtype, spread), names, config), key, method)
+        return peft.adapt(
+            Base(init.random(config, names, key, dtype, spread, quant and quant.packer), names, config), key, method
+        )
 
     params = (jax.eval_shape if abstract else lambda f, k: f(k))(make, jax.random.key(0))
     first = method if not isinstance(method, list) else method[0]
