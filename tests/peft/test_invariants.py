@@ -1,8 +1,8 @@
 """What peft holds its methods to: without its adapter a model is the base, merged it is the same, saved it comes back.
 
-Every method meets every kind of family, two of them on a float32 and two on a bfloat16 base. Several methods share a
-model, each on a module of its own, as compiling takes most of the time. A row of `METHODS` that wraps modules enters
-unasked.
+Every method meets every kind of family, half of them on each of a float32, a bfloat16 and a 4-bit base. Several methods
+share a model, each on a module of its own, as compiling takes most of the time. A row of `METHODS` that wraps modules
+enters unasked.
 """
 
 import dataclasses
@@ -19,10 +19,11 @@ from jaxft.core import tree
 from jaxft.core.weight import NotMergeable
 from jaxft.models import decoder, heads
 from jaxft.peft import METHODS, store
+from jaxft.quant import QuantConfig, pack
 from tests.peft import pairs
 from tests.peft.small import SMALL
 
-FAMILIES, DTYPES = ("llama_tied", "qwen2", "gpt2", "gemma2"), ("float32", "bfloat16")
+FAMILIES, DTYPES = ("llama_tied", "qwen2", "gpt2", "gemma2"), ("float32", "bfloat16", "nf4")
 NAMES = [name for name, method in METHODS.items() if issubclass(method.config, peft.Targeted)]
 each = pytest.mark.parametrize(("family", "dtype"), [(family, dtype) for family in FAMILIES for dtype in DTYPES])
 
@@ -55,7 +56,10 @@ class Many(NamedTuple):
 
 @functools.cache
 def base(family: str, dtype: str) -> tree.Params:
-    return tree.cast(pairs.ours(family).params, jnp.dtype(dtype))
+    loaded = pairs.ours(family)
+    if dtype == "nf4":
+        return pack(tree.cast(loaded.params, jnp.bfloat16), loaded.names, QuantConfig("nf4", 32, skip="down_proj"))
+    return tree.cast(loaded.params, jnp.dtype(dtype))
 
 
 @functools.cache
