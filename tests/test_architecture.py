@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "objectives": (),
     "rewards": (),
     "border": (),
-    "training": ("core", "sharding", "checkpoint", "objectives"),
+    "training": ("core", "quant", "sharding", "checkpoint", "objectives"),
     "rollout": ("core", "models", "data", "sharding", "objectives.terms"),
 }
 # files at the top of the package (and the command line) see every room; no room sees them

@@ -9,7 +9,7 @@ import numpy as np
 from jaxft.quant.codebooks import Codebook, dynamic
 
 NESTED = 256
-"""Block sizes whose scales share one scale in double quantisation."""
+"""Numbers in a block of eight-bit codes: of the scales in double quantisation, of an optimiser's moments."""
 
 
 def indices(x: jax.Array, largest: jax.Array, book: Codebook) -> jax.Array:
@@ -45,19 +45,19 @@ def nest(scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     Their mean (the offset) is taken off and the rest goes to the 8-bit dynamic data type in blocks of 256 (Dettmers et
     al. 2023, section 3, arXiv:2305.14314)."""
     offset = jnp.mean(scales, axis=-1)
-    blocks = _blocks(scales - offset[..., None])
-    largest = jnp.max(jnp.abs(blocks), axis=-1)
-    codes = indices(blocks, largest[..., None], dynamic())
+    apart = blocks(scales - offset[..., None])
+    largest = jnp.max(jnp.abs(apart), axis=-1)
+    codes = indices(apart, largest[..., None], dynamic())
     return codes.reshape(*scales.shape[:-1], -1)[..., : scales.shape[-1]], largest, offset
 
 
 def unnest(codes: jax.Array, nested: jax.Array, offset: jax.Array) -> jax.Array:
     """The scales float32[*stack, n] again."""
-    blocks = look_up(_blocks(codes), dynamic().values) * nested[..., None]
-    return blocks.reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]] + offset[..., None]
+    made = look_up(blocks(codes), dynamic().values) * nested[..., None]
+    return made.reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]] + offset[..., None]
 
 
-def _blocks(x: jax.Array) -> jax.Array:
+def blocks(x: jax.Array) -> jax.Array:
     """[*stack, n] -> [*stack, ceil(n/256), 256], filled up with zeros."""
     pad = -x.shape[-1] % NESTED
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]) if pad else x

@@ -98,8 +98,9 @@ class LogConfig:
 class OptimConfig:
     """The optimiser and its schedule."""
 
-    name: Literal["adamw", "adafactor", "lion", "muon", "schedule_free", "sgd"] = "adamw"
-    """Optimiser. ``schedule_free`` is schedule-free AdamW; ``muon`` uses Adam for embeddings, the head and vectors."""
+    name: Literal["adamw", "adamw_8bit", "adafactor", "lion", "muon", "schedule_free", "sgd"] = "adamw"
+    """Optimiser. ``adamw_8bit`` keeps its moments in eight bits; ``schedule_free`` is schedule-free AdamW; ``muon``
+    uses Adam for embeddings, the head and vectors."""
     lr: float | None = None
     """Peak learning rate. Default: that of the fine-tuning method (LoRA 2e-4, full 2e-5), times 0.2 for lion; sgd has
     no default."""
@@ -116,10 +117,10 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, multiplied by the learning rate; norms, biases and vectors are spared."""
     betas: tuple[float, float] | None = None
-    """Decay rates of the moments. Default: adamw and schedule_free (0.9, 0.999), lion (0.9, 0.99), muon (0.95 for its
-    momentum, 0.999 for its Adam part), sgd (0.9 momentum, the second unused); adafactor has none."""
+    """Decay rates of the moments. Default: adamw, adamw_8bit and schedule_free (0.9, 0.999), lion (0.9, 0.99), muon
+    (0.95 for its momentum, 0.999 for its Adam part), sgd (0.9 momentum, the second unused); adafactor has none."""
     eps: float = 1e-8
-    """Added to the denominator by adamw, schedule_free and muon's Adam part."""
+    """Added to the denominator by adamw, adamw_8bit, schedule_free and muon's Adam part."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; larger ones are scaled down. null: no clipping."""
     groups: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.core import tree
-from jaxft.training import leafwise, schedules
+from jaxft.training import eight_bit, leafwise, schedules
 from jaxft.training.config import OptimConfig
 from jaxft.training.leafwise import Stacked
 
@@ -50,6 +50,11 @@ class Kind:
 
 def _adam(config: OptimConfig, betas: tuple[float, float], rule: Stacked) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=betas[0], b2=betas[1], eps=config.eps, mu_dtype=config.momentum_dtype)
+
+
+def _adam_8bit(config: OptimConfig, betas: tuple[float, float], rule: Stacked) -> optax.GradientTransformation:
+    alone = eight_bit.scale_by_adam(*betas, config.eps)
+    return leafwise.per_leaf(lambda path, ndim: alone, rule)
 
 
 def _lion(config: OptimConfig, betas: tuple[float, float], rule: Stacked) -> optax.GradientTransformation:
@@ -87,6 +92,7 @@ def _size_of_adam(update: Any, params: Any) -> Any:
 
 OPTIMIZERS: dict[str, Kind] = {
     "adamw": Kind(_adam, betas=(0.9, 0.999), rate=1.0),
+    "adamw_8bit": Kind(_adam_8bit, betas=(0.9, 0.999), rate=1.0, momentum=False),
     "adafactor": Kind(_adafactor, betas=None, rate=1.0, momentum=False),
     "lion": Kind(_lion, betas=(0.9, 0.99), rate=0.2),
     "muon": Kind(_muon, betas=(0.95, 0.999), rate=1.0),
@@ -220,7 +226,9 @@ def _check(config: OptimConfig) -> Kind:
     if config.betas is not None and kind.betas is None:
         raise ValueError(f"optim.betas: {config.name} has no such moments; leave betas out")
     if config.momentum_dtype != "float32" and not kind.momentum:
-        raise ValueError(f"optim.momentum_dtype: {config.name} keeps no first moment; leave it at float32")
+        raise ValueError(
+            f"optim.momentum_dtype: {config.name} keeps no first moment in a dtype to choose; leave it out"
+        )
     if config.name == "schedule_free" and config.schedule not in (None, "constant"):
         raise ValueError(
             f"optim.schedule: got {config.schedule!r}; schedule_free averages instead of decaying: leave it out"
