@@ -9,8 +9,8 @@ m in the signed and v in the unsigned dynamic data type, each with its block's l
 fewer than 4,096 numbers (in one layer) keep float32 moments.
 
 Unlike bitsandbytes, a number whose v is zero does not move: a small v is stored as zero beside a large one of its
-block, and where the next gradient is exactly zero (an embedding row not seen, an expert without tokens) m / eps would be
-huge.
+block, and where the next gradient is exactly zero (an embedding row not seen, an expert without tokens) m / eps would
+be huge.
 """
 
 from typing import Any, NamedTuple

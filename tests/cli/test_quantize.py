@@ -1,0 +1,59 @@
+"""QLoRA from the command line: trained on a 4-bit base, gone on with, merged; and the base written for others."""
+
+import json
+
+from jaxft.checkpoint import hf
+from jaxft.quant import FourBit
+from tests.cli.test_train import jaxft, metrics, torch_logits, words  # noqa: F401  (a fixture)
+
+
+def test_qlora_from_config_to_a_merged_model(capsys, words, tiny, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    four = [*words, "quant.method=nf4", "optim.name=adamw_8bit", "checkpoint.every=2"]
+    code, _, err = jaxft(capsys, *four)
+    assert code == 0, err
+    code, _, err = jaxft(capsys, *four, "train.steps=6", "--resume")
+    assert code == 0, err
+    losses = [row["loss"] for row in metrics(run) if "loss" in row]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert abs(torch_logits(tiny, run / "adapter") - torch_logits(tiny)).max() > 1e-2
+
+    code, out, err = jaxft(capsys, "eval", run, "--json", "--limit", "0")
+    assert code == 0, err
+    last = [row for row in metrics(run) if "eval_loss" in row][-1]
+    assert abs(json.loads(out)["loss"] - last["eval_loss"]) < 1e-5
+    code, _, err = jaxft(capsys, "merge", run, "--out", tmp_path / "merged")
+    assert code == 0, err
+    code, out, err = jaxft(capsys, "eval", tmp_path / "merged", "--json", "--limit", "0", *words[3:5], words[2])
+    assert code == 0, err
+    assert abs(json.loads(out)["loss"] - last["eval_loss"]) < 1e-4
+
+
+def test_a_base_is_written_in_four_bits_once(capsys, words, tiny, tmp_path):  # noqa: F811
+    """Trained on what was written, a run is the run on the base packed while loading."""
+    four = tmp_path / "four"
+    code, out, err = jaxft(capsys, "quantize", tiny, "--out", four, "model.dtype=float32")
+    assert code == 0, err
+    assert "nf4:" in out and "bits each" in out
+    assert isinstance(hf.load(four).params["layers"]["mlp"]["up"], FourBit)
+    code, _, err = jaxft(capsys, "quantize", tiny, "--out", four)
+    assert code == 1 and "not empty" in err
+    code, _, err = jaxft(capsys, "quantize", four, "--out", tmp_path / "again")
+    assert code == 1 and "quantised already" in err
+    for extra, folder in ((["quant.method=nf4"], "a"), ([f"model.path={four}"], "b")):
+        code, _, err = jaxft(capsys, *words, *extra, f"run_dir={tmp_path / folder}", "train.steps=2")
+        assert code == 0, err
+    a, b = ([r["loss"] for r in metrics(tmp_path / folder) if "loss" in r] for folder in "ab")
+    assert a == b
+
+
+def test_refusals(capsys, words, tmp_path):  # noqa: F811
+    for extra, said in (
+        (["quant.method=nf5"], "nf5"),
+        (["quant.block_size=48", "quant.method=nf4"], "power of two"),
+        (["quant.skip=.", "quant.method=nf4"], "leaves nothing to quantise"),
+        (["quant.method=nf4", "peft.init=loftq"], "loftq"),
+    ):
+        code, _, err = jaxft(capsys, *words, *extra)
+        assert code in (1, 2) and said in err, err
+    assert not (tmp_path / "run").exists()
