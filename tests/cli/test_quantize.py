@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from jaxft.checkpoint import hf
 from jaxft.quant import FourBit
 from tests.cli.test_train import jaxft, metrics, torch_logits, words  # noqa: F401  (a fixture)
@@ -30,7 +32,8 @@ def test_qlora_from_config_to_a_merged_model(capsys, words, tiny, tmp_path):  # 
 
 
 def test_a_base_is_written_in_four_bits_once(capsys, words, tiny, tmp_path):  # noqa: F811
-    """Trained on what was written, a run is the run on the base packed while loading."""
+    """Trained on what was written, a run is the run on the base packed while loading, on a mesh: to a rounding of the
+    scales' mean, which adds up in another order there."""
     four = tmp_path / "four"
     code, out, err = jaxft(capsys, "quantize", tiny, "--out", four, "model.dtype=float32")
     assert code == 0, err
@@ -44,7 +47,7 @@ def test_a_base_is_written_in_four_bits_once(capsys, words, tiny, tmp_path):  # 
         code, _, err = jaxft(capsys, *words, *extra, f"run_dir={tmp_path / folder}", "train.steps=2")
         assert code == 0, err
     a, b = ([r["loss"] for r in metrics(tmp_path / folder) if "loss" in r] for folder in "ab")
-    assert a == b
+    assert a == pytest.approx(b, rel=1e-6)
 
 
 def test_refusals(capsys, words, tmp_path):  # noqa: F811
