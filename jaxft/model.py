@@ -142,9 +142,9 @@ def load(
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). A ``mesh`` shards the weights by
     `sharding.rules`, unless ``sharding(path, shape)`` says where each goes; by default all are on one device.
-    ``quantize``: nf4, fp4 or a `quant.QuantConfig`: linear layers are stored in few bits, each packed as it is read. A
-    checkpoint that bitsandbytes quantised to 4 bits is loaded as it is. Raises CheckpointError with what is wrong and
-    what to do.
+    ``quantize``: nf4, fp4, int8, fp8 or a `quant.QuantConfig`: linear layers are stored in few bits, each packed as it
+    is read. A checkpoint that bitsandbytes quantised to 4 bits is loaded as it is. Raises CheckpointError with what is
+    wrong and what to do.
     """
     directory = hub.directory(source, revision)
     loaded = hf.load(directory, dtype, mesh=mesh, sharding=sharding, quantize=quantize)

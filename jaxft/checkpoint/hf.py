@@ -62,7 +62,7 @@ def load(
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). With a ``mesh`` each leaf is laid out by
     `sharding.rules`; ``sharding(path, shape)`` (paths as `core.tree.paths` lists them) decides instead. Otherwise all
-    is on the default device. ``quantize``: nf4, fp4 or a `QuantConfig`, for weights that are not quantised yet: each
+    is on the default device. ``quantize``: a `QuantConfig` or its method, for weights that are not quantised yet: each
     layer is packed as it is read. Raises CheckpointError, or ValueError for a config.json that is not understood."""
     directory = hub.directory(source, revision)
     raw = config_of(directory)

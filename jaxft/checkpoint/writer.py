@@ -23,7 +23,7 @@ from jaxft.checkpoint.hf import Loaded
 from jaxft.core import tree, verbs
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, Split, Untied, Weight
-from jaxft.quant import bitsandbytes
+from jaxft.quant import FourBit, bitsandbytes
 
 # What AutoModelForCausalLM makes of a model_type; written when the source names no causal language model itself.
 ARCHITECTURES = {
@@ -97,7 +97,7 @@ def save(
     target = Path(directory).expanduser().absolute()
     _refuse_occupied(target, overwrite)
     model = biases.switched_on(model)
-    pieces = [dataclasses.replace(p, packed=packed and getattr(p.weight, "packed", False)) for p in _pieces(model)]
+    pieces = [dataclasses.replace(p, packed=packed and isinstance(p.weight, FourBit)) for p in _pieces(model)]
     kind = pieces[0].weight.dtype if dtype is None else hf.dtype_named(dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     first = jax.process_index() == 0

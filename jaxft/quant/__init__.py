@@ -2,6 +2,7 @@
 
 from jaxft.quant import bitsandbytes, fp4, nf4
 from jaxft.quant.config import QuantConfig, chosen, pack
+from jaxft.quant.eight_bit import EightBit
 from jaxft.quant.four_bit import FourBit
 
-__all__ = ["FourBit", "QuantConfig", "bitsandbytes", "chosen", "fp4", "nf4", "pack"]
+__all__ = ["EightBit", "FourBit", "QuantConfig", "bitsandbytes", "chosen", "fp4", "nf4", "pack"]

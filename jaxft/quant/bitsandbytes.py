@@ -14,8 +14,7 @@ import numpy as np
 
 from jaxft.quant import blockwise
 from jaxft.quant.codebooks import dynamic, four_bit
-from jaxft.quant.dtypes import DTYPES
-from jaxft.quant.four_bit import FourBit
+from jaxft.quant.four_bit import KINDS, FourBit
 
 STATE = ".quant_state.bitsandbytes__"
 LENGTH = 256
@@ -99,8 +98,8 @@ def weight(found: Mapping[str, np.ndarray], name: str = "weight") -> FourBit:
 def _state(found: Mapping[str, np.ndarray], name: str) -> tuple[str, dict[str, Any]]:
     """(kind, quant state) of a tensor, verified. Raises ValueError."""
     kinds = [key.removeprefix(name + STATE) for key in found if key.startswith(name + STATE)]
-    if len(kinds) != 1 or kinds[0] not in DTYPES:
-        raise ValueError(f"{name}: got quant states {kinds or 'none'}; expected one of {', '.join(DTYPES)}")
+    if len(kinds) != 1 or kinds[0] not in KINDS:
+        raise ValueError(f"{name}: got quant states {kinds or 'none'}; expected one of {', '.join(KINDS)}")
     (kind,) = kinds
     where = f"{name}{STATE}{kind}"
     try:

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import Weight
-from jaxft.quant import four_bit
+from jaxft.quant import eight_bit, four_bit
 
-Method = Literal["none", "nf4", "fp4"]
+Method = Literal["none", "nf4", "fp4", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class QuantConfig:
     """How the linear layers of the decoder are stored. Embeddings, norms, biases and the head stay as they are."""
 
     method: Method = "none"
-    """nf4 or fp4: four bits and a scale for each block. none: nothing is quantised."""
+    """nf4 or fp4: four bits and a scale for each block. int8 or fp8: eight bits and a scale for each output, multiplied
+    in eight bits. none: nothing is quantised."""
     block_size: int = 64
-    """Input features that share a scale: a power of two from 32 to 4096."""
+    """Input features that share a scale in four bits: a power of two from 32 to 4096."""
     double_quant: bool = True
-    """Whether the scales are quantised as well (0.13 instead of 0.5 bits a parameter)."""
+    """Whether the scales of four bits are quantised as well (0.13 instead of 0.5 bits a parameter)."""
     skip: str = ""
     """A regex searched in torch module names and in our paths: what it finds stays as it is, such as down_proj."""
 
@@ -46,6 +47,8 @@ class QuantConfig:
 
     def pack(self, w: Any) -> Weight:
         """The few bits of a floating array [*stack, in, out]. Raises ValueError if it does not fit."""
+        if self.method in eight_bit.CODES:
+            return eight_bit.quantize(w, self.method)
         return four_bit.quantize(w, self.method, self.block_size, self.double_quant)
 
 

@@ -23,4 +23,6 @@ class PackedDType:
     __repr__ = __str__
 
 
-DTYPES = {d.name: d for d in (PackedDType("nf4", 4), PackedDType("fp4", 4))}
+DTYPES = {
+    d.name: d for d in (PackedDType("nf4", 4), PackedDType("fp4", 4), PackedDType("int8", 8), PackedDType("fp8", 8))
+}

@@ -19,6 +19,8 @@ from jaxft.quant import blockwise
 from jaxft.quant.codebooks import four_bit
 from jaxft.quant.dtypes import DTYPES, PackedDType
 
+KINDS = ("nf4", "fp4")
+
 
 @weight
 class FourBit(Weight):
@@ -120,8 +122,8 @@ def quantize(w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool
     w = jnp.asarray(w)
     if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"quantize: got {w.dtype}{list(w.shape)}; expected a floating array [..., in, out]")
-    if kind not in DTYPES:
-        raise ValueError(f"quantize: got kind {kind!r}; expected one of {', '.join(DTYPES)}")
+    if kind not in KINDS:
+        raise ValueError(f"quantize: got kind {kind!r}; expected one of {', '.join(KINDS)}")
     if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
         raise ValueError(f"quantize: got block_size {block_size}; expected a power of two from 32 to 4096")
     if w.shape[-2] % block_size:

@@ -5,8 +5,8 @@ import functools
 from jaxft import peft
 from jaxft.core.weight import Affine
 from jaxft.peft import METHODS
-from jaxft.quant import four_bit
-from jaxft.testing.subject import Row, adapted, affine, matrix
+from jaxft.quant import eight_bit, four_bit
+from jaxft.testing.subject import IN, OUT, Row, adapted, affine, matrix
 
 SIZES = (32, 48)
 
@@ -22,9 +22,23 @@ def with_bias(key, dtype, sizes=SIZES):
     return Affine(four_bit.quantize(made.base, block_size=32), made.bias)
 
 
+def eight(key, dtype, sizes=(IN, OUT), kind="int8"):
+    """A plain stack of matrices in eight bits, multiplied exactly."""
+    return eight_bit.quantize(matrix(key, dtype, sizes), kind, exact=True)
+
+
+def eight_with_bias(key, dtype, sizes=(IN, OUT)):
+    """A stack of matrices in eight bits with biases."""
+    made = affine(key, dtype, sizes)
+    return Affine(eight_bit.quantize(made.base, exact=True), made.bias)
+
+
 ROWS = {
     "nf4": Row(packed, embedding=True),
     "fp4": Row(functools.partial(packed, kind="fp4"), embedding=True),
+    "int8": Row(functools.partial(eight, kind="int8"), embedding=True),
+    "fp8": Row(functools.partial(eight, kind="fp8"), embedding=True),
+    "lora on int8 in affine": Row(adapted(eight_with_bias, peft.LoRA(rank=4, targets=("w",)))),
     "lora on nf4": Row(adapted(packed, peft.LoRA(rank=4, targets=("w",)), sizes=SIZES)),
     "dora on nf4 in affine": Row(adapted(with_bias, peft.DoRA(rank=4, targets=("w",)), sizes=SIZES)),
     "ia3 around nf4": Row(adapted(with_bias, METHODS["ia3"].config(targets=("w",)), sizes=SIZES)),

@@ -1,0 +1,131 @@
+"""Matrices in eight bits with a scale for each output, and products in eight bits: int8 and fp8 (e4m3).
+
+As the base never changes, it is rounded once; activations are scaled by row on the fly:
+
+    x @ W ~ (s_x q_x) @ (q_w s_w),   s_w = max |W[:, j]| / m,   s_x = max |x[i]| / m,   m = 127 (int8) or 448 (fp8)
+
+LLM.int8(), Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, section 2.1, without its outlier columns. The
+gradient with respect to x is made alike, of the rows of ``g s_w``: the same codes serve both directions.
+"""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxft.core import products
+from jaxft.core.weight import Weight, static, weight
+from jaxft.quant.dtypes import DTYPES, PackedDType
+
+CODES: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+
+
+@weight
+class EightBit(Weight):
+    """codes: int8 or float8_e4m3fn[*stack, in, out]; scale: float32[*stack, out].
+
+    ``exact``: whether ``x @ w`` is the product with `dense` in the dtype of ``x`` instead of one in eight bits."""
+
+    codes: jax.Array
+    scale: jax.Array
+    kind: str = static(default="int8")
+    exact: bool = static(default=False)
+    made_from: str = static(default="bfloat16")
+    adapter: ClassVar[bool] = False
+    packed: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def dtype(self) -> PackedDType:
+        return DTYPES[self.kind]
+
+    @property
+    def dense_dtype(self) -> Any:
+        return jnp.dtype(self.made_from)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
+
+    def dense(self) -> jax.Array:
+        return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(self.dense_dtype)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The dense matrix in another dtype."""
+        return self.dense().astype(dtype)
+
+    def __rmatmul__(self, x):
+        return products.remade(x, EightBit.dense, self) if self.exact else _product(x, self.codes, self.scale)
+
+    def take(self, ids):
+        return (self.codes[ids].astype(jnp.float32) * self.scale).astype(self.dense_dtype)
+
+    def unembed(self, x):
+        return products.remade(x, lambda w: w.dense().T, self)
+
+    def ragged_dot(self, x, group_sizes):
+        def product(x: jax.Array, w: EightBit) -> jax.Array:
+            return jax.lax.ragged_dot(x, w.dense().astype(x.dtype), group_sizes)
+
+        return jax.checkpoint(product)(x, self)
+
+    def axes(self, names):
+        return {"codes": names, "scale": (*names[:-2], names[-1])}
+
+    def __repr__(self) -> str:
+        return f"EightBit({self.kind}[{','.join(map(str, self.shape))}] by output, made from {self.made_from})"
+
+
+def quantize(w: Any, kind: str = "int8", exact: bool = False) -> EightBit:
+    """The eight-bit form of ``w``, a floating array [*stack, in, out].
+
+    Raises ValueError for an array without a matrix, another kind, and (not while tracing) numbers not finite."""
+    w = jnp.asarray(w)
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"quantize: got {w.dtype}{list(w.shape)}; expected a floating array [..., in, out]")
+    if kind not in CODES:
+        raise ValueError(f"quantize: got kind {kind!r}; expected one of {', '.join(CODES)}")
+    if not isinstance(w, Tracer) and not bool(jnp.all(jnp.isfinite(w))):
+        raise ValueError(f"quantize: {list(w.shape)} holds numbers that are not finite; expected a sound weight")
+    codes, scale = _scaled(w.astype(jnp.float32), -2, CODES[kind])
+    return EightBit(codes, scale[..., 0, :], kind, exact, jnp.dtype(w.dtype).name)
+
+
+def _scaled(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(codes, scales) such that codes times scales is near x; one scale along ``axis``."""
+    most = LARGEST["int8" if dtype == jnp.int8 else "fp8"]
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
+    scale = jnp.where(largest > 0, largest / most, 1.0)
+    codes = jnp.clip(x.astype(jnp.float32) / scale, -most, most)
+    return (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype), scale
+
+
+def _multiply(x: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
+    """float32: ``x`` [..., n] in eight bits times ``codes``, contracted over their ``axis``; scaled back by row."""
+    rows, scale = _scaled(x, -1, codes.dtype)
+    out = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
+    contract = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(rows, codes, contract, preferred_element_type=out).astype(jnp.float32) * scale
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
+    return (_multiply(x, codes, 0) * scale).astype(x.dtype)
+
+
+def _forward(x: jax.Array, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, codes, scale), (codes, scale)
+
+
+def _backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None, None]:
+    codes, scale = kept
+    return _multiply(g * scale.astype(g.dtype), codes, 1).astype(g.dtype), None, None
+
+
+_product.defvjp(_forward, _backward)

@@ -1,0 +1,100 @@
+"""Eight bits: the error of products and their gradients, under scan and vmap, and what is multiplied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxft
+from jaxft import peft
+from jaxft.core import tree
+from jaxft.models import decoder, heads
+from jaxft.quant import EightBit, QuantConfig, eight_bit, pack
+from jaxft.testing import jaxprs
+from tests.peft import pairs
+
+kinds = pytest.mark.parametrize("kind", ["int8", "fp8"])
+ERROR = {"int8": 0.0105, "fp8": 0.038}
+"""Relative error of a product of normal data, of the inputs' and the weights' rounding together."""
+
+
+def off(got, want) -> float:
+    return float(jnp.linalg.norm((got - want).astype(jnp.float32)) / jnp.linalg.norm(want.astype(jnp.float32)))
+
+
+@kinds
+def test_products_and_input_gradients(kind):
+    w = jax.random.normal(jax.random.key(0), (512, 384))
+    x = jax.random.normal(jax.random.key(1), (4, 32, 512))
+    q = eight_bit.quantize(w, kind)
+    assert q.dtype == kind and q.shape == w.shape and q.nbytes < 1.01 * w.size and tree.count(q) == w.size
+    assert 0.5 * ERROR[kind] < off(x @ q, x @ w) < ERROR[kind]
+    g = jax.random.normal(jax.random.key(2), (4, 32, 384))
+    (got,), (want,) = (jax.vjp(lambda x, w=w: x @ w, x)[1](g) for w in (q, w))
+    assert off(got, want) < 1.1 * ERROR[kind]
+    assert (x.astype(jnp.bfloat16) @ q).dtype == jnp.bfloat16
+    assert off(q.dense(), w) < 0.8 * ERROR[kind]
+    exact = eight_bit.quantize(w, kind, exact=True)
+    np.testing.assert_allclose(x @ exact, x @ q.dense(), rtol=1e-4, atol=1e-4)
+
+
+@kinds
+def test_both_directions_multiply_codes(kind):
+    """Every product of the program is in eight bits, and no dense matrix is kept."""
+    q = eight_bit.quantize(jax.random.normal(jax.random.key(0), (3, 64, 64)), kind)
+
+    def network(x):
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, q)[0])
+
+    x = jnp.ones((5, 64))
+    products = [e for e in jaxprs.equations(jax.make_jaxpr(jax.grad(network))(x)) if e.primitive.name == "dot_general"]
+    assert len(products) == 2
+    assert all(v.aval.dtype == eight_bit.CODES[kind] for e in products for v in e.invars)
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(network, x)[1], x))
+    assert not [a for a in kept if a.shape[-2:] == (64, 64) and a.dtype != eight_bit.CODES[kind]]
+
+
+@kinds
+def test_rows_and_zeros(kind):
+    """Each row of x has its own scale; zeros stay zeros; many adapters are a vmap over x with the base as it is."""
+    w = jax.random.normal(jax.random.key(0), (32, 16)).at[:, 3].set(0.0)
+    q = eight_bit.quantize(w, kind)
+    x = jax.random.normal(jax.random.key(1), (4, 32)) * 10.0 ** jnp.arange(-3.0, 1.0)[:, None]
+    alone = jnp.stack([row @ q for row in x])
+    np.testing.assert_allclose(x @ q, alone, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(lambda row: row @ q)(x), alone, rtol=1e-5)
+    assert not np.any(alone[:, 3]) and not np.any(jnp.zeros((2, 32)) @ q)
+
+
+@kinds
+def test_lora_trains_on_it(kind):
+    """Its gradients are those on the plain base to a few times the error of one product."""
+    loaded = pairs.ours("llama_tied")
+    grads = []
+    for params in (pack(loaded.params, loaded.names, QuantConfig(kind)), loaded.params):
+        model = pairs.model("llama_tied")
+        model.params = params
+        adapted = peft.adapt(model, jax.random.key(0), peft.LoRA(rank=4, init="random"))
+        trainable, frozen = tree.partition(adapted, jaxft.trainable_mask(adapted))
+
+        def loss(trainable, frozen=frozen):
+            params = tree.combine(trainable, frozen)
+            hidden, _, _ = decoder.forward(loaded.config, params, jnp.asarray(pairs.TOKENS), None, None)
+            return jnp.mean(heads.logits(loaded.config, heads.head_of(loaded.config, params), hidden) ** 2)
+
+        grads.append(jnp.concatenate([g.reshape(-1) for g in jax.tree.leaves(jax.grad(loss)(trainable))]))
+    assert isinstance(params["layers"]["attn"]["q"], jax.Array)
+    assert off(*grads) < 6 * ERROR[kind]
+
+
+def test_bad_input_is_refused():
+    for w, kind, message in (
+        (jnp.ones(4), "int8", "expected a floating array"),
+        (jnp.ones((4, 4)), "int9", "got kind 'int9'; expected one of int8, fp8"),
+        (jnp.full((4, 4), jnp.nan), "fp8", "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            eight_bit.quantize(w, kind)
+    assert "int8[4,4]" in repr(eight_bit.quantize(jnp.ones((4, 4)))) and isinstance(
+        eight_bit.quantize(jnp.ones((4, 4))), EightBit
+    )
