@@ -149,7 +149,7 @@ def _arrays(path: str, ws: list, own: bool, ranked: bool) -> list:
 def _refuse_static(path: str, ws: list) -> None:
     """Raises ValueError if members differ in what is part of the program."""
     for field in dataclasses.fields(ws[0]) if isinstance(ws[0], Weight) else ():  # type: ignore[arg-type]
-        values = {getattr(w, field.name) for w in ws} if weights.role(field) == weights.STATIC else ()
+        values = dict.fromkeys(getattr(w, field.name) for w in ws) if weights.role(field) == weights.STATIC else ()
         if len(values) > 1 and field.name not in ws[0].noted:
             raise ValueError(f"{path}: got {field.name} {' and '.join(map(str, values))}; expected one for all members")
 
