@@ -49,7 +49,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         return Moments(jnp.zeros((), jnp.int32), *(_stored(zero, book) for book in (signed, unsigned)))
 
     def update(g: jax.Array, state: Moments, params: Any = None) -> tuple[jax.Array, Moments]:
-        g, count = g.astype(jnp.float32), optax.safe_increment(state.count)
+        g, count = g.astype(jnp.float32), jnp.asarray(optax.safe_increment(state.count))
         mu = b1 * _numbers(state.mu, signed) + (1 - b1) * g
         nu = b2 * _numbers(state.nu, unsigned) + (1 - b2) * g * g
         root = jnp.where(nu > 0, jnp.sqrt(nu) / jnp.sqrt(1 - b2**count) + eps, jnp.inf)

@@ -196,7 +196,7 @@ def test_default_rates():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (OptimConfig(name="adam"), "optim.name: got 'adam'; expected one of adamw, adafactor"),  # type: ignore[arg-type]
+        (OptimConfig(name="adam"), "optim.name: got 'adam'; expected one of adamw, adamw_8bit"),  # type: ignore[arg-type]
         (OptimConfig(name="sgd"), "optim.lr: sgd has no default learning rate"),
         (OptimConfig(name="adafactor", betas=(0.9, 0.9)), "optim.betas: adafactor has no such moments"),
         (OptimConfig(name="schedule_free", schedule="cosine"), "optim.schedule: got 'cosine'; schedule_free averages"),
