@@ -98,12 +98,9 @@ def _quant(config: QuantConfig | None, raw: dict[str, Any], names: Names, direct
     if config is None:
         return {}
     if raw.get("quantization_config") is not None:
-        remedy = "Leave quantize= (model.quant) out: it is loaded as it is stored."
+        remedy = "Leave quantize= (quant.method) out: it is loaded as it is stored."
         raise CheckpointError(directory, "weights that are quantised already", "plain ones to quantise", remedy)
-    picked = [name for name in names if config.picks(name)]
-    if not picked:
-        raise ValueError(f"quant.skip: {config.skip!r} leaves nothing to quantise")
-    return {f"{name.path}/base" if name.bias else name.path: config.pack for name in picked}
+    return {f"{name.path}/base" if name.bias else name.path: config.pack for name in config.picked(names)}
 
 
 def _inside(entry: layout.Entry, names: Names, mesh: jax.sharding.Mesh, w: Weight) -> Any:

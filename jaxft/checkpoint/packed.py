@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxft.checkpoint import reader
 from jaxft.checkpoint.errors import CheckpointError
@@ -14,7 +13,8 @@ from jaxft.checkpoint.tensorfile import Reader, Tensor
 from jaxft.core.weight import Weight
 from jaxft.quant import bitsandbytes
 
-Parts = dict[str, dict[str, Tensor]]  # name of a weight -> its tensors by suffix
+Parts = dict[str, dict[str, Tensor]]  # name of a weight -> its tensors by name
+ONE_FORM = "A stack of layers is kept in one form: quantise the original with jaxft instead."
 
 
 def refusal(config: Mapping[str, Any]) -> str | None:
@@ -22,11 +22,8 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     method = config.get("quant_method", "an unknown method")
     if method != "bitsandbytes":
         return f"weights quantised with {method}"
-    return (
-        None
-        if config.get("load_in_4bit") or config.get("_load_in_4bit")
-        else "weights quantised to 8 bits by bitsandbytes"
-    )
+    four_bits = config.get("load_in_4bit") or config.get("_load_in_4bit")
+    return None if four_bits else "weights quantised to 8 bits by bitsandbytes"
 
 
 def fold(files: Reader, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], Parts]:
@@ -61,17 +58,17 @@ def read(
 
     def layer(tensor: Tensor) -> Weight:
         if not tensor.packed:
-            remedy = "A stack of layers is kept in one form: quantise the original with jaxft instead."
-            raise CheckpointError(tensor.where, "a plain weight", "a packed one, like other layers'", remedy)
+            raise CheckpointError(tensor.where, "a plain weight", "a packed one, like other layers'", ONE_FORM)
         found = {n.replace(tensor.name, "weight", 1): files.whole(t) for n, t in parts[tensor.name].items()}
         try:
-            made = bitsandbytes.weight({n: np.asarray(a) for n, a in found.items()})
+            made = bitsandbytes.weight(found)
         except ValueError as error:
             raise CheckpointError(tensor.where, str(error), "a matrix as bitsandbytes stores it", "") from None
         kinds.add(jax.tree.structure(made))
         if len(kinds) > 1:
-            remedy = "A stack of layers is kept in one form: quantise the original with jaxft instead."
-            raise CheckpointError(tensor.where, repr(made), "the data type and blocks of the layers before it", remedy)
+            raise CheckpointError(
+                tensor.where, repr(made), "the data type and blocks of the layers before it", ONE_FORM
+            )
         return made
 
     return reader.stack(map(layer, tensors), len(tensors) if stacked else None, places)

@@ -9,7 +9,7 @@ from jaxft.border.errors import ConfigError
 from jaxft.cli import target
 from jaxft.core import tree
 from jaxft.core.weight import Weight
-from jaxft.quant import QuantConfig, chosen
+from jaxft.quant import QuantConfig, chosen, four_bit
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,10 @@ def command(args: argparse.Namespace) -> int:
             f"{args.target}: got an adapter; expected a model. Work it in first: jaxft merge {args.target}"
         )
     quant = chosen(found.config.quant) or dataclasses.replace(found.config.quant, method="nf4")
+    if quant.method not in four_bit.KINDS:
+        raise ConfigError(
+            f"quant.method: got {quant.method}; expected one of {', '.join(four_bit.KINDS)} to be written"
+        )
     found = dataclasses.replace(found, config=dataclasses.replace(found.config, quant=quant))
     model, params = target.load(found)
     folder = model_.save_hf(model, params, args.out, max_shard_size=args.max_shard_size, packed=True)

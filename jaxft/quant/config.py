@@ -41,6 +41,13 @@ class QuantConfig:
         skipped = self.skip and (re.search(self.skip, name.module) or re.search(self.skip, name.path))
         return name.stacked and name.kind in ("linear", "conv1d") and not skipped
 
+    def picked(self, names: Names) -> list[Name]:
+        """The names of what is stored in few bits. Raises ValueError if the config skips everything."""
+        found = [name for name in names if self.picks(name)]
+        if not found:
+            raise ValueError(f"quant.skip: {self.skip!r} leaves nothing to quantise")
+        return found
+
     def packer(self, name: Name) -> Callable[[Any], Weight] | None:
         """What packs the weight of that name; None for one that stays as it is."""
         return self.pack if self.picks(name) else None
@@ -72,9 +79,6 @@ def pack(params: tree.Params, names: Names, config: QuantConfig) -> tree.Params:
         except ValueError as error:
             raise ValueError(f"{name.path}: {error}") from None
 
-    picked = [name for name in names if config.picks(name)]
-    if not picked:
-        raise ValueError(f"quant.skip: {config.skip!r} leaves nothing to quantise")
-    for name in picked:
+    for name in config.picked(names):
         params = tree.wrap(params, name.path, functools.partial(one, name))
     return params

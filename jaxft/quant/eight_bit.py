@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from jaxft.core import products
 from jaxft.core.weight import Weight, static, weight
+from jaxft.quant import packed as packed_
 from jaxft.quant.dtypes import DTYPES, PackedDType
 
 CODES: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
@@ -35,6 +34,9 @@ class EightBit(Weight):
     made_from: str = static(default="bfloat16")
     adapter: ClassVar[bool] = False
     packed: ClassVar[bool] = True
+    dense_dtype = property(packed_.dense_dtype)
+    nbytes = property(packed_.nbytes)
+    astype, unembed, ragged_dot = packed_.astype, packed_.unembed, packed_.ragged_dot
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,36 +46,14 @@ class EightBit(Weight):
     def dtype(self) -> PackedDType:
         return DTYPES[self.kind]
 
-    @property
-    def dense_dtype(self) -> Any:
-        return jnp.dtype(self.made_from)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its arrays."""
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
-
     def dense(self) -> jax.Array:
         return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(self.dense_dtype)
 
-    def astype(self, dtype: Any) -> jax.Array:
-        """The dense matrix in another dtype."""
-        return self.dense().astype(dtype)
-
     def __rmatmul__(self, x):
-        return products.remade(x, EightBit.dense, self) if self.exact else _product(x, self.codes, self.scale)
+        return packed_.multiply(self, x) if self.exact else _product(x, self.codes, self.scale)
 
     def take(self, ids):
         return (self.codes[ids].astype(jnp.float32) * self.scale).astype(self.dense_dtype)
-
-    def unembed(self, x):
-        return products.remade(x, lambda w: w.dense().T, self)
-
-    def ragged_dot(self, x, group_sizes):
-        def product(x: jax.Array, w: EightBit) -> jax.Array:
-            return jax.lax.ragged_dot(x, w.dense().astype(x.dtype), group_sizes)
-
-        return jax.checkpoint(product)(x, self)
 
     def axes(self, names):
         return {"codes": names, "scale": (*names[:-2], names[-1])}
@@ -86,13 +66,7 @@ def quantize(w: Any, kind: str = "int8", exact: bool = False) -> EightBit:
     """The eight-bit form of ``w``, a floating array [*stack, in, out].
 
     Raises ValueError for an array without a matrix, another kind, and (not while tracing) numbers not finite."""
-    w = jnp.asarray(w)
-    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"quantize: got {w.dtype}{list(w.shape)}; expected a floating array [..., in, out]")
-    if kind not in CODES:
-        raise ValueError(f"quantize: got kind {kind!r}; expected one of {', '.join(CODES)}")
-    if not isinstance(w, Tracer) and not bool(jnp.all(jnp.isfinite(w))):
-        raise ValueError(f"quantize: {list(w.shape)} holds numbers that are not finite; expected a sound weight")
+    w = packed_.checked(w, kind, CODES)
     codes, scale = _scaled(w.astype(jnp.float32), -2, CODES[kind])
     return EightBit(codes, scale[..., 0, :], kind, exact, jnp.dtype(w.dtype).name)
 

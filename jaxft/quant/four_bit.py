@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from jaxft.core import products
 from jaxft.core.weight import Weight, static, weight
 from jaxft.quant import blockwise
+from jaxft.quant import packed as packed_
 from jaxft.quant.codebooks import four_bit
 from jaxft.quant.dtypes import DTYPES, PackedDType
 
@@ -39,6 +38,9 @@ class FourBit(Weight):
     made_from: str = static(default="bfloat16")
     adapter: ClassVar[bool] = False
     packed: ClassVar[bool] = True
+    dense_dtype = property(packed_.dense_dtype)
+    nbytes = property(packed_.nbytes)
+    astype, unembed, ragged_dot = packed_.astype, packed_.unembed, packed_.ragged_dot
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,15 +50,6 @@ class FourBit(Weight):
     @property
     def dtype(self) -> PackedDType:
         return DTYPES[self.kind]
-
-    @property
-    def dense_dtype(self) -> Any:
-        return jnp.dtype(self.made_from)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its arrays."""
-        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
 
     def scales(self) -> jax.Array:
         """float32[*stack, in/block, out]: the largest magnitude of each block."""
@@ -73,12 +66,7 @@ class FourBit(Weight):
         values = blockwise.look_up(jnp.concatenate([codes >> 4, codes & 15], axis=-2), four_bit(self.kind).values)
         return _rounded((values * self.scales()[..., :, None, :]).reshape(self.shape), self.dense_dtype)
 
-    def astype(self, dtype: Any) -> jax.Array:
-        """The dense matrix in another dtype."""
-        return self.dense().astype(dtype)
-
-    def __rmatmul__(self, x):
-        return products.remade(x, FourBit.dense, self)
+    __rmatmul__ = packed_.multiply
 
     def take(self, ids):
         half = self.block // 2
@@ -87,15 +75,6 @@ class FourBit(Weight):
         code = jnp.where((ids % self.block < half)[..., None], byte >> 4, byte & 15)
         values = blockwise.look_up(code, four_bit(self.kind).values) * self.scales()[ids // self.block]
         return _rounded(values, self.dense_dtype)
-
-    def unembed(self, x):
-        return products.remade(x, lambda w: w.dense().T, self)
-
-    def ragged_dot(self, x, group_sizes):
-        def product(x: jax.Array, w: FourBit) -> jax.Array:
-            return jax.lax.ragged_dot(x, w.dense().astype(x.dtype), group_sizes)
-
-        return jax.checkpoint(product)(x, self)
 
     def axes(self, names):
         fields = {"codes": names, "absmax": names}
@@ -119,11 +98,7 @@ def quantize(w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool
 
     Raises ValueError for an array without a matrix, a block size that does not divide ``in`` or is not one of
     32, 64, ... 4096, and (not while tracing) for numbers that are not finite."""
-    w = jnp.asarray(w)
-    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"quantize: got {w.dtype}{list(w.shape)}; expected a floating array [..., in, out]")
-    if kind not in KINDS:
-        raise ValueError(f"quantize: got kind {kind!r}; expected one of {', '.join(KINDS)}")
+    w = packed_.checked(w, kind, KINDS)
     if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
         raise ValueError(f"quantize: got block_size {block_size}; expected a power of two from 32 to 4096")
     if w.shape[-2] % block_size:
@@ -133,8 +108,6 @@ def quantize(w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool
             f"quantize: got block_size {block_size} for {list(w.shape)}; expected a divisor of its "
             f"{w.shape[-2]} input features. {remedy}"
         )
-    if not isinstance(w, Tracer) and not bool(jnp.all(jnp.isfinite(w))):
-        raise ValueError(f"quantize: {list(w.shape)} holds numbers that are not finite; expected a sound weight")
     return _made(w, kind, block_size, double_quant)
 
 

@@ -43,6 +43,8 @@ def test_a_base_is_written_in_four_bits_once(capsys, words, tiny, tmp_path):  # 
     assert code == 1 and "not empty" in err
     code, _, err = jaxft(capsys, "quantize", four, "--out", tmp_path / "again")
     assert code == 1 and "quantised already" in err
+    code, _, err = jaxft(capsys, "quantize", tiny, "--out", tmp_path / "eight", "quant.method=int8")
+    assert code == 2 and "got int8; expected one of nf4, fp4" in err
     for extra, folder in ((["quant.method=nf4"], "a"), ([f"model.path={four}"], "b")):
         code, _, err = jaxft(capsys, *words, *extra, f"run_dir={tmp_path / folder}", "train.steps=2")
         assert code == 0, err
