@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import Weight
-from jaxft.quant import eight_bit, four_bit
+from jaxft.quant import eight_bit, four_bit, groups
 
-Method = Literal["none", "nf4", "fp4", "int8", "fp8"]
+Method = Literal["none", "nf4", "fp4", "int4", "int8_blockwise", "int8", "fp8"]
+GROUPED = {"int4": 4, "int8_blockwise": 8}
+"""Bits of what is rounded to the nearest integer of each block's grid."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,16 @@ class QuantConfig:
     """How the linear layers of the decoder are stored. Embeddings, norms, biases and the head stay as they are."""
 
     method: Method = "none"
-    """nf4 or fp4: four bits and a scale for each block. int8 or fp8: eight bits and a scale for each output, multiplied
-    in eight bits. none: nothing is quantised."""
+    """nf4 or fp4: four bits and a scale for each block. int4 or int8_blockwise: integers with a scale for each block,
+    rounded to the nearest. int8 or fp8: eight bits and a scale for each output, multiplied in eight bits. none: nothing
+    is quantised."""
     block_size: int = 64
-    """Input features that share a scale in four bits: a power of two from 32 to 4096."""
+    """Input features that share a scale: in nf4 and fp4 a power of two from 32 to 4096, in int4 and int8_blockwise any
+    divisor of their number, -1 for all of them; int8 and fp8 have no blocks."""
+    symmetric: bool = True
+    """Whether the range of int4 and int8_blockwise has its middle at zero; otherwise each block has a zero point."""
     double_quant: bool = True
-    """Whether the scales of four bits are quantised as well (0.13 instead of 0.5 bits a parameter)."""
+    """Whether the scales of nf4 and fp4 are quantised as well (0.13 instead of 0.5 bits a parameter)."""
     skip: str = ""
     """A regex searched in torch module names and in our paths: what it finds stays as it is, such as down_proj."""
 
@@ -56,6 +62,8 @@ class QuantConfig:
         """The few bits of a floating array [*stack, in, out]. Raises ValueError if it does not fit."""
         if self.method in eight_bit.CODES:
             return eight_bit.quantize(w, self.method)
+        if self.method in GROUPED:
+            return groups.quantize(w, GROUPED[self.method], self.block_size, self.symmetric)
         return four_bit.quantize(w, self.method, self.block_size, self.double_quant)
 
 

@@ -23,6 +23,5 @@ class PackedDType:
     __repr__ = __str__
 
 
-DTYPES = {
-    d.name: d for d in (PackedDType("nf4", 4), PackedDType("fp4", 4), PackedDType("int8", 8), PackedDType("fp8", 8))
-}
+BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int8": 8, "fp8": 8}
+DTYPES = {name: PackedDType(name, bits) for name, bits in BITS.items()}

@@ -64,7 +64,7 @@ class FourBit(Weight):
         *stack, packed, out = self.codes.shape
         codes = self.codes.reshape(*stack, packed // half, half, out)
         values = blockwise.look_up(jnp.concatenate([codes >> 4, codes & 15], axis=-2), four_bit(self.kind).values)
-        return _rounded((values * self.scales()[..., :, None, :]).reshape(self.shape), self.dense_dtype)
+        return packed_.rounded((values * self.scales()[..., :, None, :]).reshape(self.shape), self.dense_dtype)
 
     __rmatmul__ = packed_.multiply
 
@@ -74,7 +74,7 @@ class FourBit(Weight):
         byte = self.codes[row]
         code = jnp.where((ids % self.block < half)[..., None], byte >> 4, byte & 15)
         values = blockwise.look_up(code, four_bit(self.kind).values) * self.scales()[ids // self.block]
-        return _rounded(values, self.dense_dtype)
+        return packed_.rounded(values, self.dense_dtype)
 
     def axes(self, names):
         fields = {"codes": names, "absmax": names}
@@ -86,11 +86,6 @@ class FourBit(Weight):
         return (
             f"{type(self).__name__}({self.kind}[{sizes}] in blocks of {self.block}{nested}, made from {self.made_from})"
         )
-
-
-def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in a dtype; rounded to bfloat16 even where the compiler would skip it, as what follows is in float32."""
-    return (jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x).astype(dtype)
 
 
 def quantize(w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool = True) -> FourBit:

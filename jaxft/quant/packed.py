@@ -44,6 +44,11 @@ def ragged_dot(self: Any, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return jax.checkpoint(product)(x, self)
 
 
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in a dtype; rounded to bfloat16 even where the compiler would skip it, as what follows is in float32."""
+    return (jax.lax.reduce_precision(x, 8, 7) if dtype == jnp.bfloat16 else x).astype(dtype)
+
+
 def checked(w: Any, kind: str, kinds: Collection[str]) -> jax.Array:
     """The array to be quantised. Raises ValueError where it has no matrix of floating numbers, is not to be stored as
     one of ``kinds``, or (not while tracing) is not finite."""
