@@ -75,7 +75,8 @@ def load(
         sharding = _places(entries, names, mesh)
     leaves = {}
     with Reader() as files:
-        found, parts = packed.fold(files, tensors_of(directory))
+        stored = raw.get("quantization_config") or {}
+        found, parts = packed.fold(files, tensors_of(directory), stored, (n for e in entries for n in e.tensors))
         tensors = layout.match(entries, found, config.tie_embeddings, directory)
         target = _dtype(dtype, raw, tensors[entries[0].tensors[0]])
         if config.tie_embeddings:
@@ -85,7 +86,7 @@ def load(
             mine = [tensors[name] for name in entry.tensors]
             within = None if place is None or mesh is None else functools.partial(_inside, entry, names, mesh)
             if any(t.packed for t in mine):
-                leaves[entry.path] = packed.read(files, mine, parts, entry.stacked, within)
+                leaves[entry.path] = packed.read(files, entry, mine, parts, stored, target, within)
             elif entry.path in quant:
                 leaves[entry.path] = reader.read_packed(files, entry, mine, target, place, quant[entry.path], within)
             else:
@@ -132,10 +133,14 @@ def config_of(directory: Path) -> dict[str, Any]:
         raise CheckpointError(file, f"text that is not JSON ({error})", "a JSON object", "Fetch it again.") from None
     if not isinstance(raw, dict):
         raise CheckpointError(file, f"a JSON {type(raw).__name__}", "a JSON object", "Fetch it again.")
-    if raw.get("quantization_config") is not None and (got := packed.refusal(raw["quantization_config"])):
+    stored = packed.config_of(directory, raw)
+    if stored is None:
+        return raw
+    if got := packed.refusal(stored):
         remedy = "Load the original checkpoint it was made from; quantise that if memory asks for it (quantize=nf4)."
-        raise CheckpointError(file, got, "4 bits of bitsandbytes, or float32, float16 or bfloat16", remedy)
-    return raw
+        read = "4 bits of bitsandbytes, 4 or 8 of GPTQ, AWQ, HQQ or compressed-tensors"
+        raise CheckpointError(file, got, f"{read}, or float32, float16 or bfloat16", remedy)
+    return raw | {"quantization_config": stored}
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:

@@ -26,7 +26,8 @@ FLOATS: dict[str, Any] = {
     "BF16": np.dtype(jnp.bfloat16),
     "F64": np.dtype(np.float64),
 }
-DTYPES = FLOATS | {"U8": np.dtype(np.uint8)}  # what packed weights are made of, too
+PACKED: dict[str, Any] = {"U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+DTYPES = FLOATS | PACKED  # what packed weights are made of, too
 MAX_HEADER = 100_000_000  # the format's own limit
 CHUNK = 4 * 2**20  # bytes read at a time
 THREADS = min(4, os.cpu_count() or 1)

@@ -118,16 +118,15 @@ def stored(codes: Any, scale: Any, zero: Any, group: Any, bits: int, made_from: 
     """The weight of uint8[*stack, in, out] codes and the other fields of `IntGroups`.
 
     Raises ValueError for an odd number of rows (in a group, where these are in order) in four bits."""
-    codes = jnp.asarray(codes)
-    rows = codes.shape[-2]
+    *stack, rows, out = codes.shape
     span = math.gcd(rows if group is not None else rows // scale.shape[-2], SPAN)
-    if bits == 4:
+    if bits == 4:  # on the host if they are there
         if span % 2:
             raise ValueError(f"groups: got {rows} input features in groups of odd size; expected an even one")
-        high, low = jnp.split(codes.reshape(*codes.shape[:-2], -1, span, codes.shape[-1]), 2, axis=-2)
-        codes = ((high << 4) | low).reshape(*codes.shape[:-2], rows // 2, codes.shape[-1])
+        spans = codes.reshape(*stack, -1, span, out)
+        codes = ((spans[..., : span // 2, :] << 4) | spans[..., span // 2 :, :]).reshape(*stack, rows // 2, out)
     zero, group = (None if a is None else jnp.asarray(a) for a in (zero, group))
-    return IntGroups(codes, jnp.asarray(scale), zero, group, bits, span, made_from)
+    return IntGroups(jnp.asarray(codes), jnp.asarray(scale), zero, group, bits, span, made_from)
 
 
 def grid(w: jax.Array, bits: int, symmetric: bool) -> tuple[jax.Array, jax.Array]:
@@ -183,3 +182,14 @@ def _quantized(w: jax.Array, bits: int, size: int, symmetric: bool) -> IntGroups
     codes = nearest(x, scale, zero, bits).astype(jnp.uint8).reshape(w.shape)
     kept = None if symmetric else zero[..., 0, :].astype(jnp.uint8)
     return stored(codes, scale[..., 0, :], kept, None, bits, jnp.dtype(w.dtype).name)
+
+
+def simplified(w: IntGroups) -> IntGroups:
+    """The same weight without zero points that are all half the range, and without groups that are in order."""
+    zero, group = w.zero, w.group
+    if zero is not None and bool(jnp.all(zero == 2 ** (w.bits - 1))):
+        zero = None
+    rows, count = w.shape[-2], w.scale.shape[-2]
+    if group is not None and rows % count == 0 and bool(jnp.all(group == jnp.arange(rows) // (rows // count))):
+        group = None
+    return IntGroups(w.codes, w.scale, zero, group, w.bits, w.span, w.made_from)

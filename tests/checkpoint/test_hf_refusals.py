@@ -150,8 +150,8 @@ def test_a_dtype_that_is_not_read(copy):
 
 def test_a_quantised_checkpoint(copy):
     directory = copy("llama")
-    files.config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(directory, "config.json", "quantised with gptq", "original checkpoint")
+    files.config(directory, quantization_config={"quant_method": "quanto", "weights": "int4"})
+    refused(directory, "config.json", "quantised with quanto", "original checkpoint")
 
 
 def test_a_field_that_is_not_understood(copy):
