@@ -29,7 +29,18 @@ S = TypeVar("S")
 
 DEFAULT = CheckpointConfig()
 # config keys that may differ when a run goes on
-MAY_CHANGE = ("run_dir", "resume", "train.steps", "train.epochs", "mesh", "eval", "generate", "checkpoint", "log")
+MAY_CHANGE = (
+    "run_dir",
+    "resume",
+    "train.steps",
+    "train.epochs",
+    "optim.offload",
+    "mesh",
+    "eval",
+    "generate",
+    "checkpoint",
+    "log",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, record: Record, 
     manager.save(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave({p: _data(a) for p, a in arrays.items()}), record=ocp.args.JsonSave(note)
+            state=ocp.args.StandardSave({p: _apart(_data(a)) for p, a in arrays.items()}),
+            record=ocp.args.JsonSave(note),
         ),
         metrics=None if score is None else {"score": float(score)},
     )
@@ -160,6 +172,11 @@ def _is_key(leaf: Any) -> bool:
 
 def _data(leaf: jax.Array) -> jax.Array:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _apart(leaf: jax.Array) -> jax.Array:
+    """A copy of what is in the host's memory already: it would be written as it is then, perhaps after a donation."""
+    return jax.device_put(leaf, leaf.sharding, may_alias=False) if leaf.sharding.memory_kind == "pinned_host" else leaf
 
 
 def _shape(leaf: Any) -> str:

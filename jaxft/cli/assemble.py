@@ -27,7 +27,7 @@ from jaxft.peft import native, store
 from jaxft.rollout import members, score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
-from jaxft.training import optim, prefetch, state
+from jaxft.training import optim, paged, prefetch, state
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
@@ -127,7 +127,8 @@ def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
         if attention == "cudnn":
             raise ValueError("model.attention=cudnn is not deterministic: use xla (or auto) with train.deterministic")
         attention = "xla"
-    return Execution(config.train.remat, unroll[config.train.unroll], attention, mesh)
+    gather = None if mesh is None else rules.gather(mesh)
+    return Execution(config.train.remat, unroll[config.train.unroll], attention, mesh, gather)
 
 
 def scorer(config: RunConfig, base: Model, how: Execution, differs: tree.Params | None = None) -> score.Score:
@@ -187,10 +188,15 @@ def first_state(
     """The state before the first step, and its shardings; ``method``: `Hooks.start`."""
     reference = "reference" in OBJECTIVES[config.objective.name].views
     places = None
-    if mesh is not None and parts.shardings is not None:
+    if mesh is not None or config.optim.offload:
         shapes = state.abstract(parts.trainable, optimizer, key, reference, jax.eval_shape(method, parts.trainable))
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        places = state.shardings(shapes, parts.shardings, whole)
+        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        whole = alone if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        ours = jax.tree.map(lambda _: alone, parts.trainable) if mesh is None else parts.shardings
+        places = state.shardings(shapes, ours, whole)
+        if config.optim.offload:
+            paged.check(jax.local_devices()[0])
+            places = paged.places(shapes, places)
     own = method(parts.trainable)
     return state.create(parts.trainable, optimizer, key, reference, method_state=own, shardings=places), places
 

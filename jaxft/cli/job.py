@@ -81,9 +81,11 @@ def handed_over(base: Model, frozen: tree.Params, unroll: bool) -> tuple[Model, 
 
 
 def shardings(places: TrainState | None, frozen: tree.Params, mesh: Mesh | None) -> Shardings | None:
-    """Where the step's arguments live; None on a single device."""
-    if places is None or mesh is None:
+    """Where the step's arguments live; None where nothing says so: on a single device."""
+    if places is None:
         return None
+    if mesh is None:
+        return Shardings(places, None, None)
     return Shardings(places, jax.tree.map(lambda a: a.sharding, frozen), mesh_.batch_sharding(mesh))
 
 

@@ -9,6 +9,7 @@ attention kernel, so that nothing expensive is done twice, and recomputes norms,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ KEPT: dict[str, frozenset[str]] = {
     "attn": frozenset({"q", "k", "v", "attn", "adapter"}),
     "save": frozenset({"q", "k", "v", "attn", "adapter", "mid", "gate", "up"}),
 }
+GATHERED = "gathered"  # packed weights from all devices: made again under every policy, as each layer's are large
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Execution:
     """Attention kernel; auto chooses by platform and case."""
     mesh: jax.sharding.Mesh | None = None
     """Device mesh with axes (data, fsdp, tensor); None: one device."""
+    gather: Callable[[tree.Params], tree.Params] | None = None
+    """Brings together what the mesh holds apart of one layer's packed weights, naming it `GATHERED`; None: the compiler
+    does, at the dense weight's size (see `jaxft.sharding.rules.gather`)."""
 
 
 DEFAULT = Execution()
@@ -165,7 +170,8 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
         def body(x, p, cached, i):
             return _layer(context, kind, p, x, cached, i)
 
-        return body if execution.remat == "none" else _remat(body, execution.remat, prevent_cse=unroll)
+        whole = execution.remat == "none" and execution.gather is None
+        return body if whole else _remat(body, execution.remat, prevent_cse=unroll)
 
     outputs, held = [], context.cache
     if unroll:
@@ -195,6 +201,9 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
 
 def _remat(body, policy: str, prevent_cse: bool):
     """Rematerialisation of one layer; the fused attention kernel's own outputs are kept by all policies but full."""
+    if policy == "none":
+        rule = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(body, policy=rule, prevent_cse=prevent_cse)
     kept = KEPT[policy]
     by_name = jax.checkpoint_policies.save_only_these_names(*kept)
 
@@ -208,6 +217,8 @@ def _remat(body, policy: str, prevent_cse: bool):
 def _layer(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cached: Cache | None, i: Any):
     """One decoder layer: (x, cache)."""
     config = context.config
+    if context.execution.gather is not None:
+        p = context.execution.gather(p)
     scale = config.residual_scale
 
     def before(name: str, y):

@@ -6,14 +6,17 @@ does not divide is left whole.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.core import tree
+from jaxft.core.many import Many
 from jaxft.core.weight import STATIC, Split, Weight, role
 
 Axes = tuple[str | None, ...]
@@ -87,3 +90,39 @@ def _of(w: Any, axes: Axes, mesh: Mesh, rules: Mapping[str, str | None]) -> Any:
                 lambda v, a=fields[f.name]: _of(v, a, mesh, rules), value, is_leaf=tree.is_leaf
             )
     return dataclasses.replace(w, **changed)  # type: ignore[type-var]
+
+
+def gather(mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Callable[[tree.Params], tree.Params] | None:
+    """The function that gathers the packed bytes of one layer's weights over fsdp; None where nothing is apart.
+
+    Left to the compiler, it is the dense matrix that each device sends, in four times the bytes. Shards over other
+    mesh axes stay, and so do arrays that are not packed. What is gathered is named "gathered"."""
+    if mesh.shape["fsdp"] == 1:
+        return None
+    whole = {name: None if axis == "fsdp" else axis for name, axis in rules.items()}
+    return functools.partial(_gathered, mesh=mesh, rules=whole)
+
+
+def _gathered(layer: tree.Params, mesh: Mesh, rules: Mapping[str, str | None]) -> tree.Params:
+    def bytes_of(w: Any, axes: Axes) -> Any:
+        if w.packed:
+            return jax.tree.map(
+                lambda a, place: checkpoint_name(jax.lax.with_sharding_constraint(a, place), "gathered"),
+                w,
+                _of(w, axes, mesh, rules),
+            )
+        fields = {"common": axes} if isinstance(w, Many) else w.axes(axes)
+        inside = {f.name: getattr(w, f.name) for f in dataclasses.fields(w)}
+        return dataclasses.replace(
+            w,
+            **{
+                name: bytes_of(value, fields[name])
+                for name, value in inside.items()
+                if name in fields and isinstance(value, Weight)
+            },
+        )
+
+    def one(path: str, w: Any) -> Any:
+        return bytes_of(w, logical(f"layers/{path}")[1:]) if isinstance(w, Weight) else w
+
+    return tree.map_weights(one, layer)

@@ -129,6 +129,9 @@ class OptimConfig:
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the first moment (adamw, lion, muon, sgd). Second moments are float32 always: bfloat16 cannot hold their
     slow averages."""
+    offload: bool = False
+    """Whether the moments are kept in the host's pinned memory, and copied to the device and back inside each step.
+    Never changes the result; saves 8 bytes a trained parameter (adamw), 2 with adamw_8bit."""
 
     def __post_init__(self) -> None:
         for field in ("lr", "warmup_steps", "weight_decay", "min_lr_ratio"):

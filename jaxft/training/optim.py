@@ -165,7 +165,8 @@ def _averaging(
         return updates, (first, second)
 
     def averaged(state: Any, params: tree.Params) -> tree.Params:
-        return optax.contrib.schedule_free_eval_params(state[1], params)
+        here = jax.device_put(state[1], jax.memory.Space.Device)  # from the host's memory, if it is there (`paged`)
+        return optax.contrib.schedule_free_eval_params(here, params)
 
     return Optimizer(init, update, rate, averaged)
 

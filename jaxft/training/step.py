@@ -23,6 +23,7 @@ from jaxft.core import tree
 from jaxft.core.hooks import Hooks
 from jaxft.objectives import terms
 from jaxft.objectives.terms import Batch, Means, Objective, Scores
+from jaxft.training import paged
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
@@ -74,11 +75,12 @@ def make_step(
 
 
 def compiled(step: Step, shardings: Shardings | None = None) -> Step:
-    """The jitted step, which donates its state."""
+    """The jitted step, which donates its state; what is held in the host's memory visits the device in it."""
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(
-        step, donate_argnums=0, in_shardings=(shardings.state, shardings.frozen, shardings.batch),
+        paged.visiting(step, shardings.state), donate_argnums=0,
+        in_shardings=(shardings.state, shardings.frozen, shardings.batch),
         out_shardings=(shardings.state, None),
     )  # fmt: skip
 

@@ -77,7 +77,14 @@ def test_full_fine_tuning_writes_a_model_and_resumes(capsys, words, tiny, tmp_pa
     first = torch_logits(run / "model")
     assert abs(first - torch_logits(tiny)).max() > 1e-2
     code, _, err = jaxft(
-        capsys, *words, "peft=full", "checkpoint.every=2", "eval.samples=0", "train.steps=6", "--resume"
+        capsys,
+        *words,
+        "peft=full",
+        "checkpoint.every=2",
+        "eval.samples=0",
+        "train.steps=6",
+        "optim.offload=true",
+        "--resume",
     )
     assert code == 0, err
     assert [row["step"] for row in metrics(run) if "loss" in row] == [1, 2, 3, 4, 5, 6]

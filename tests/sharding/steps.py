@@ -18,7 +18,7 @@ from jaxft.quant import QuantConfig
 from jaxft.rollout import score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
-from jaxft.training import optim, state, step
+from jaxft.training import optim, paged, state, step
 from jaxft.training.config import OptimConfig
 from jaxft.training.optim import Optimizer
 
@@ -67,13 +67,14 @@ def parts(
     return Parts(config, trainable, frozen, mask, optim.make(settings, trainable, 10))
 
 
-def shardings(made: Parts, mesh: Mesh) -> step.Shardings:
-    """Of the step's state, frozen leaves and batch."""
+def shardings(made: Parts, mesh: Mesh, offload: bool = False) -> step.Shardings:
+    """Of the step's state (`offload`: its moments on the host), frozen leaves and batch."""
     places = rules.shardings(tree.combine(made.trainable, made.frozen), mesh)
     ours, theirs = tree.partition(places, made.mask)
     shapes = state.abstract(made.trainable, made.optimizer, jax.random.key(0))
     whole = NamedSharding(mesh, PartitionSpec())
-    return step.Shardings(state.shardings(shapes, ours, whole), theirs, mesh_.batch_sharding(mesh))
+    held = state.shardings(shapes, ours, whole)
+    return step.Shardings(paged.places(shapes, held) if offload else held, theirs, mesh_.batch_sharding(mesh))
 
 
 def build(made: Parts, dtype: Any, execution: Execution, where: step.Shardings | None) -> Any:

@@ -12,7 +12,9 @@ from jaxft.core import tree
 from jaxft.core.weight import Weight
 from jaxft.models.decoder import Execution
 from jaxft.peft.lora import LoRAWeight
+from jaxft.quant import FourBit, QuantConfig
 from jaxft.sharding import mesh as mesh_
+from jaxft.sharding import rules
 from jaxft.training import state
 from jaxft.training.config import OptimConfig
 from tests.sharding import steps
@@ -30,8 +32,10 @@ MODELS = {
 METHODS = {
     "full": peft.Full(),
     "lora": peft.LoRA(rank=4, modules_to_save=("embed_tokens",)),
+    "qlora": peft.LoRA(rank=4, targets="all-linear"),
     "slots": [peft.PTuning(tokens=2, encoder="lstm", hidden=8), peft.PrefixTuning(tokens=3, projection=True, hidden=8)],
 }
+QUANT = {"qlora": QuantConfig("nf4", block_size=32)}
 RESERVED = {"slots": 2}
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 1, 2)]  # data x fsdp x tensor
 QUICK = {"xla_backend_optimization_level": 0}  # half the compile time
@@ -39,12 +43,13 @@ CASES = [(m, s, "scan") for m in (("llama", "full"), ("gemma3_text", "lora")) fo
     (("llama", "lora"), (2, 2, 2), "unrolled"),
     (("gemma3_text", "full"), (2, 2, 2), "scan"),
     (("gemma3_text", "slots"), (2, 2, 2), "scan"),
+    (("llama", "qlora"), (2, 2, 2), "keeping all"),
 ]
 
 
 @functools.cache
 def parts(model: str, method: str) -> steps.Parts:
-    made = steps.parts(MODELS[model], METHODS[method], jnp.float32, ADAM)
+    made = steps.parts(MODELS[model], METHODS[method], jnp.float32, ADAM, quant=QUANT.get(method))
     nudged = jax.tree.map(lambda a: a + 0.05, made.trainable)  # B = 0 would hide the gradient of A
     return made._replace(trainable=nudged)
 
@@ -70,7 +75,9 @@ def test_every_mesh_gives_what_one_device_gives(of, dims, loop):
     where = steps.shardings(made, mesh)
     begin = state.create(made.trainable, made.optimizer, jax.random.key(2), shardings=where.state)
     frozen = jax.device_put(made.frozen, where.frozen)
-    run = steps.build(made, jnp.float32, Execution(remat="full", unroll=loop == "unrolled", mesh=mesh), where)
+    remat = "none" if loop == "keeping all" else "full"
+    how = Execution(remat, unroll=loop == "unrolled", mesh=mesh, gather=rules.gather(mesh))
+    run = steps.build(made, jnp.float32, how, where)
     batch = mesh_.placer(mesh)(steps.batch(2, 8, 24, SIZES["vocab_size"], RESERVED.get(of[1], 0)))
     run = run.lower(begin, frozen, batch).compile(compiler_options=QUICK)
     after, metrics = run(begin, frozen, batch)
@@ -89,7 +96,9 @@ def test_every_mesh_gives_what_one_device_gives(of, dims, loop):
     _, fsdp, tensor = dims
     leaves = tree.combine(after.trainable, frozen)["layers"]["mlp"]["up"]
     base = leaves.base if isinstance(leaves, Weight) else leaves
-    assert base.addressable_shards[0].data.shape == (base.shape[0], 64 // fsdp, 128 // tensor)
+    packed = base.codes if isinstance(base, FourBit) else base
+    rows = 64 // fsdp // (2 if isinstance(base, FourBit) else 1)
+    assert packed.addressable_shards[0].data.shape == (base.shape[0], rows, 128 // tensor)
     if isinstance(leaves, LoRAWeight):
         assert leaves.a.addressable_shards[0].data.shape == (base.shape[0], 64 // fsdp, 4)
         assert leaves.b.addressable_shards[0].data.shape == (base.shape[0], 4, 128 // tensor)
