@@ -1,4 +1,4 @@
-"""The five verbs besides ``x @ w`` that a model may apply to a weight, for plain arrays and `Weight`s alike."""
+"""The four verbs besides ``x @ w`` that a model may apply to a weight, for plain arrays and `Weight`s alike."""
 
 from typing import Any
 
@@ -20,11 +20,6 @@ def unembed(w: Any, x: jax.Array) -> jax.Array:
 def ragged_dot(x: jax.Array, w: Any, group_sizes: jax.Array) -> jax.Array:
     """Grouped product over experts: x[tokens, in], w[experts, in, out], group_sizes int32[experts] -> [tokens, out]."""
     return w.ragged_dot(x, group_sizes) if isinstance(w, Weight) else jax.lax.ragged_dot(x, w, group_sizes)
-
-
-def unshard(w: Any) -> Any:
-    """Gathers a packed weight's stored bytes before use; a plain array is left to the compiler."""
-    return w.unshard() if isinstance(w, Weight) else w
 
 
 def dense(w: Any) -> jax.Array:

@@ -117,11 +117,6 @@ class Weight:
         """Grouped product for experts: x[tokens, in], w[experts, in, out], group_sizes int32[experts]."""
         raise TypeError(f"{type(self).__name__} cannot hold experts")
 
-    def unshard(self) -> "Weight":
-        """The same weight with its stored bytes gathered before use; wrappers pass it on to their base."""
-        base = getattr(self, "base", None)
-        return dataclasses.replace(self, base=base.unshard()) if isinstance(base, Weight) else self  # type: ignore[type-var]
-
     def dense(self) -> jax.Array:
         """The matrix this stands for, in the dtype it was made from: by default what the map makes of the identity."""
         return _affine(self)[0].astype(self.dtype)

@@ -44,4 +44,3 @@ def test_plain_arrays_pass_the_same_doors(key):
     x = jnp.ones((2, w.shape[1]))
     chex.assert_trees_all_close(verbs.dense(w), w)
     same(structure_checks.loop(x, w), structure_checks.scanned(x, w), "a loop and a scan")
-    assert verbs.unshard(w) is w

@@ -16,16 +16,21 @@ from jax.experimental import topologies
 from jaxft import peft
 from jaxft.core import tree
 from jaxft.models.decoder import Execution
+from jaxft.quant import chosen
+from jaxft.sharding import rules
 from jaxft.training import state
 from jaxft.training.config import OptimConfig
 from tests.models.published import PUBLISHED
-from tests.sharding import steps
+from tests.sharding import planned, steps
 
 GIB = 2**30
 LLAMA_1B = {k: v for k, v in PUBLISHED["Llama-3.2-1B"].items() if k != "rope_scaling"}
 LLAMA_8B = {**LLAMA_1B, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
             "tie_word_embeddings": False}  # fmt: skip
+LLAMA_70B = {**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+             "num_attention_heads": 64, "num_key_value_heads": 8}  # fmt: skip
 LORA = peft.LoRA(rank=16)
+ALL = peft.LoRA(rank=16, targets="all-linear")
 
 
 class Case(NamedTuple):
@@ -41,6 +46,8 @@ class Case(NamedTuple):
     chip: float
     limit: float
     """Regression bound on peak memory, GiB; the chip has far more."""
+    quant: str = "none"
+    offload: bool = False
 
 
 # rows of 1536 or 3072 tokens: no other axis is that long
@@ -51,17 +58,44 @@ CASES = {
 }
 
 
+# QLoRA on all linear layers, and MiB of moments on the host
+QLORA = {
+    "8B NF4 on v5e:1x1": (Case("v5e:1x1", (1, 1, 1), LLAMA_8B, ALL, 1, 1536, "full", 16, 7.3, "nf4"), 0),
+    "8B NF4, paged, on v5e:1x1": (
+        Case("v5e:1x1", (1, 1, 1), LLAMA_8B, ALL, 1, 1536, "full", 16, 7.0, "nf4", True),
+        320,
+    ),
+    "70B NF4 on v5e:2x4": (Case("v5e:2x4", (1, 8, 1), LLAMA_70B, ALL, 8, 2048, "full", 16, 12.0, "nf4"), 0),
+}
+
+
+def made_of(case: Case) -> steps.Parts:
+    """What the step is made of."""
+    quant = chosen(case.quant)
+    return steps.parts(case.raw, case.method, jnp.bfloat16, OptimConfig(), abstract=True, quant=quant)
+
+
+def lowered(case: Case) -> Any:
+    """The step, not compiled."""
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if case.slice_ == "v5e:1x1" else {}
+    mesh = steps.mesh(case.dims, topologies.get_topology_desc(case.slice_, "tpu", **alone).devices)
+    made = made_of(case)
+    where = steps.shardings(made, mesh, case.offload)
+    how = Execution(remat=case.remat, mesh=mesh, gather=rules.gather(mesh))
+    begin = state.abstract(made.trainable, made.optimizer, jax.random.key(0))
+    return steps.build(made, jnp.bfloat16, how, where).lower(
+        begin, made.frozen, steps.shapes(1, case.rows, case.length, where.batch)
+    )
+
+
 def compiled(case: Case, folder: Path) -> tuple[steps.Parts, Any, str]:
     """What the step is made of, the compiler's memory report, and the program.
 
     The program is read from a dump: `Compiled.as_text` cannot parse some collectives of newer chips."""
-    mesh = steps.mesh(case.dims, topologies.get_topology_desc(case.slice_, "tpu").devices)
-    made = steps.parts(case.raw, case.method, jnp.bfloat16, OptimConfig(), abstract=True)
-    where = steps.shardings(made, mesh)
-    run = steps.build(made, jnp.bfloat16, Execution(remat=case.remat, mesh=mesh), where)
-    begin = state.abstract(made.trainable, made.optimizer, jax.random.key(0))
-    lowered = run.lower(begin, made.frozen, steps.shapes(1, case.rows, case.length, where.batch))
-    program = lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+    made, program = (
+        made_of(case),
+        lowered(case).compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}),
+    )
     (dump,) = folder.glob("*.after_optimizations.txt")
     return made, program.memory_analysis(), dump.read_text()
 
@@ -124,3 +158,29 @@ def test_slots_compile(method, by_kernel, tmp_path):
     assert memory.peak_memory_in_bytes / GIB < case.limit
     assert ("splash_mha_fwd" in text) == by_kernel
     assert not [s for _, s in arrays(text) if s.count(case.length) > 1], "[B, N, T, T]"
+
+
+@pytest.mark.parametrize("name", QLORA)
+def test_four_bits_fit(name, tmp_path):
+    """8B trains on the smallest chip there is, and 70B on eight."""
+    case, mebibytes = QLORA[name]
+    plan = planned.plan(lowered, case, folder=tmp_path)
+    print(f"{name}: {plan.chip / GIB:.2f} of {case.chip} GiB, {plan.host / GIB:.2f} GiB on the host")
+    assert plan.chip / GIB < case.limit < case.chip
+    assert plan.host == mebibytes * 2**20
+    assert "tpu_custom_call" in plan.program
+
+
+def test_chips_send_each_other_four_bits(tmp_path):
+    """Two layers of the 8B width: codes and scales are gathered over fsdp and stay apart over tensor; no matrix
+    that they stand for is sent."""
+    raw = {**LLAMA_8B, "num_hidden_layers": 2, "vocab_size": 16384}
+    case = Case("v5e:2x4", (1, 4, 2), raw, ALL, 8, 1536, "full", 16, 0.6, "nf4")
+    plan = planned.plan(lowered, case, folder=tmp_path)
+    assert plan.chip / GIB < case.limit
+    sent = exchanged(plan.program)
+    codes = {s[-2:] for dtype, s in sent if dtype == "u8"}
+    assert {(2048, 2048), (2048, 512), (1024, 4096), (2048, 7168), (3584, 4096)} <= codes  # q, k and v, o, gate, down
+    dense = {(4096, n // 2) for n in (4096, 1024, 14336)} | {(n // 2, 4096) for n in (4096, 14336)}
+    shards = {(n // k, m) for n, m in dense for k in (1, 4)} | {(n, m // k) for n, m in dense for k in (1, 4)}
+    assert not shards & {tuple(n for n in s if n > 1) for dtype, s in sent if dtype != "u8"}
