@@ -7,10 +7,11 @@ Usage:
     jaxft.save_hf(model, jaxft.merge(params), "out")
 """
 
+import dataclasses
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from jaxft.checkpoint import hf, hub, tokenizer, writer
 from jaxft.checkpoint.reader import Place
 from jaxft.core import many, tree
-from jaxft.core.names import Names
+from jaxft.core.names import Name, Names
 from jaxft.models import families, init, slots
 from jaxft.models.config import ModelConfig
 from jaxft.peft import store
@@ -50,6 +51,8 @@ class Model:
     """A tokenizer to use in place of the one in `directory`."""
     new_tokens: tuple[int, ...] = ()
     """Ids of the tokens that it has been given (`grow`)."""
+    originals: Callable[[Name, tuple[int, ...]], jax.Array] | None = field(default=None, repr=False)
+    """(name of a weight, index of a layer) -> its matrix [in, out] on disk, where it was packed as it was read."""
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -148,7 +151,8 @@ def load(
     """
     directory = hub.directory(source, revision)
     loaded = hf.load(directory, dtype, mesh=mesh, sharding=sharding, quantize=quantize)
-    return Model(loaded.config, loaded.params, loaded.names, loaded.raw, os.fspath(source), directory)
+    made = Model(loaded.config, loaded.params, loaded.names, loaded.raw, os.fspath(source), directory)
+    return dataclasses.replace(made, originals=loaded.originals)
 
 
 def random(

@@ -18,8 +18,9 @@ from jaxft.config import RunConfig
 from jaxft.training import loop
 
 CONFIG = "config.yaml"
-ADAPTER, WHOLE = "adapter", "model"
-"""Folders in it: the adapter that came out of the run, or the whole model where all of it was trained."""
+ADAPTER, WHOLE, BASE = "adapter", "model", "base"
+"""Folders in it: the adapter that came out of the run, or the whole model where all of it was trained; and the base of
+that adapter where the run quantised it anew."""
 MEMBERS = "members"
 """Folder of a sweep's members, a run's folder each but for the checkpoints, which the sweep has."""
 LOCK = ".lock"

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxft.checkpoint import hub, layout, packed, reader, tensorfile
 from jaxft.checkpoint.errors import CheckpointError, some
+from jaxft.checkpoint.originals import Originals
 from jaxft.checkpoint.reader import Place
 from jaxft.checkpoint.tensorfile import Reader, Tensor
 from jaxft.core import tree
@@ -48,6 +49,8 @@ class Loaded(NamedTuple):
     params: tree.Params
     raw: dict[str, Any]
     """config.json as it was."""
+    originals: Originals | None = None
+    """What weights that were packed while loading were made from."""
 
 
 def load(
@@ -91,7 +94,9 @@ def load(
                 leaves[entry.path] = reader.read_packed(files, entry, mine, target, place, quant[entry.path], within)
             else:
                 leaves[entry.path] = reader.read(files, entry, mine, target, place)
-    return Loaded(config, names, layout.assemble(names, leaves), raw)
+    sources = {entry.path: (entry, tuple(tensors[name] for name in entry.tensors)) for entry in entries}
+    originals = Originals(sources, target) if quant else None
+    return Loaded(config, names, layout.assemble(names, leaves), raw, originals)
 
 
 def _quant(config: QuantConfig | None, raw: dict[str, Any], names: Names, directory: Path) -> dict[str, Packer]:

@@ -18,10 +18,12 @@ from jaxft.checkpoint.state import Record
 from jaxft.cli import assemble
 from jaxft.config import RunConfig
 from jaxft.core import tree
+from jaxft.core.weight import Weight
 from jaxft.data import Loader, Prepared
 from jaxft.model import Model
 from jaxft.objectives.terms import Means
 from jaxft.peft import store
+from jaxft.quant import FourBit
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import evaluate, loop
 from jaxft.training.evaluate import Evaluator
@@ -97,9 +99,16 @@ def refuse_metric(config: RunConfig, sums: Means) -> None:
 
 
 def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str], dtype: str, folder: Path) -> Path:
-    """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced."""
+    """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced.
+
+    An adapter that has its own four-bit base has that written beside it, as bitsandbytes stores it."""
     if tree.adapters(params):
-        out = folder / run_dir.ADAPTER
+        out, source = folder / run_dir.ADAPTER, base.source if config.model.init == "pretrained" else None
+        if anew := _packed_anew(params, changed):
+            whole = folder / run_dir.BASE
+            how = {"dtype": dtype, "overwrite": whole.exists(), "packed": True}
+            source = str(model_.save_hf(base, tree.strip(params), whole, **how))
+            changed = {path for path in changed if path.rpartition("/")[0] not in anew}
         store.save(
             params,
             base.names,
@@ -108,7 +117,7 @@ def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str]
             methods=[choice.value for choice in config.peft],
             changed=changed,
             new_tokens=base.new_tokens,
-            base_model_name_or_path=base.source if config.model.init == "pretrained" else None,
+            base_model_name_or_path=source,
             overwrite=out.exists(),
         )
         base.tokenizer.save_pretrained(out)
@@ -116,3 +125,13 @@ def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str]
     out = folder / run_dir.WHOLE
     model_.save_hf(base, params, out, dtype=dtype, overwrite=out.exists())
     return out
+
+
+def _packed_anew(params: tree.Params, changed: set[str]) -> set[str]:
+    """Paths of the four-bit weights that are no longer the model's own."""
+    found = set()
+    for path, w in tree.paths(params, inside=False):
+        while isinstance(w, Weight):
+            found |= {path} if isinstance(w, FourBit) and f"{path}/codes" in changed else set()
+            path, w = f"{path}/base", getattr(w, "base", None)
+    return found

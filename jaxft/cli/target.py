@@ -83,6 +83,14 @@ def _same(name: str, overrides: Sequence[str]) -> Sequence[str]:
 
 def _run(folder: Path, overrides: Sequence[str]) -> Target:
     """The model that a run began with and its adapter, or the whole model that it made."""
+    if (folder / run_dir.BASE / "config.json").is_file() and (folder / run_dir.ADAPTER / disk.CONFIG).is_file():
+        if asked := [word for word in overrides if word.startswith("quant.")]:
+            raise ConfigError(
+                f"{folder}: got {' '.join(asked)}; the run's adapter belongs to the four-bit base that was made with "
+                f"it ({run_dir.BASE}/), and to no other"
+            )
+        own = ["model.revision=null", "model.new_tokens=[]", f"model.path={folder / run_dir.BASE}", "quant.method=none"]
+        return Target(config_.load(folder / run_dir.CONFIG, [*own, *overrides]), folder / run_dir.ADAPTER)
     if (folder / run_dir.ADAPTER / disk.CONFIG).is_file():
         return Target(config_.load(folder / run_dir.CONFIG, overrides), folder / run_dir.ADAPTER)
     if (folder / run_dir.WHOLE / "config.json").is_file():

@@ -129,9 +129,9 @@ def _refuse(config: Any) -> None:
             f"got {type(config).__name__}, which changes its parameters in every training step; expected a method that "
             "only trains them, as the loop around a Flax model is your own"
         )
-    if isinstance(config, LoRA) and config.init in ("eva", "corda", "loftq"):
+    if isinstance(config, LoRA) and config.init in ("eva", "corda", "loftq", "qpissa"):
         reason = "puts a quantised matrix in the place of a parameter, and a Flax model keeps its own"
-        if config.init != "loftq":
+        if config.init not in ("loftq", "qpissa"):
             reason = "begins from what data show of a layer's input, and that is measured on jaxft's own models only"
         raise ValueError(f"peft.init: got {config.init!r}, which {reason}. Expected another one, such as pissa.")
     for field, remedy in {

@@ -165,9 +165,9 @@ def method_of(config: Any) -> Method:
 def adapt(model: Any, key: jax.Array, method: Any, statistics: Mapping[str, Any] | None = None) -> tree.Params:
     """The model's parameters with one method, or a list of them in order, applied.
 
-    ``model`` has ``params`` and ``names`` (for a slot ``config`` too, and to begin with a text a ``tokenizer``);
-    ``method`` is a config such as ``LoRA(rank=16)``. The base's buffers are shared, not copied. ``statistics``: what
-    `calibrate` returned, for a method that begins from data."""
+    ``model`` has ``params`` and ``names`` (for a slot ``config`` too, and to begin with a text a ``tokenizer``; for
+    loftq and qpissa ``originals``); ``method`` is a config such as ``LoRA(rank=16)``. The base's buffers are shared,
+    not copied. ``statistics``: what `calibrate` returned, for a method that begins from data."""
     return adapt_for_training(model, key, method if isinstance(method, list | tuple) else [method], statistics)[0]
 
 
@@ -204,8 +204,9 @@ def adapt_for_training(
         if isinstance(config, Slotted):
             params = slots.put(params, config.slot, config.make(model, params, mine))
         else:
-            measured = {"statistics": statistics} if row.calibrate(config) else {}
-            params = row.adapt(params, model.names, mine, config, **measured)
+            known = {"statistics": statistics} if row.calibrate(config) else {}
+            known |= {"originals": getattr(model, "originals", None)} if row.adapt is sites.adapt else {}
+            params = row.adapt(params, model.names, mine, config, **known)
         for leaf in _trained(params, row.select(config)):
             if stacked.is_frozen(config) and id(leaf) not in rates:
                 frozen.add(id(leaf))

@@ -38,7 +38,9 @@ from jaxft.peft.sites import Site, Targeted
 
 Dot = Callable[[jax.Array, Any], jax.Array]
 Each = Callable[[jax.Array], jax.Array]
-Init = Literal["kaiming", "gaussian", "a_zero", "random", "orthogonal", "pissa", "olora", "loftq", "eva", "corda"]
+Init = Literal[
+    "kaiming", "gaussian", "a_zero", "random", "orthogonal", "pissa", "qpissa", "olora", "loftq", "eva", "corda"
+]
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ class LoRA(Targeted):
     """How A and B begin. With a product of zero: kaiming (A uniform within 1/sqrt(in), B zero), gaussian (A normal with
     deviation 1/rank, B zero), a_zero (A zero, B uniform within 1/sqrt(rank)), orthogonal (neither zero; even ranks),
     eva (A from the inputs that the data give). Taken out of the weight: pissa (largest singular values), olora (QR),
-    corda (what matters most to the data), loftq (what quantisation lost). random: both uniform, no identity."""
+    corda (what matters most to the data). With a base in few bits (quant), to lose less by that: loftq (A and B are
+    what quantisation lost), qpissa (pissa, and what it leaves is quantised). random: both uniform, no identity."""
     pissa_iterations: int | None = None
-    """Subspace iterations of a fast randomised decomposition for pissa, 16 are plenty; default: an exact one."""
+    """Subspace iterations of a fast randomised decomposition for pissa, qpissa, and loftq on a base in few bits; 16 are
+    plenty. Default: an exact one."""
+    qpissa_turns: int = 1
+    """With init=qpissa: turns of decomposing and quantising; the paper's best results take 5."""
     loftq: LoftQ = dataclasses.field(default_factory=LoftQ)
     """Settings of init=loftq."""
     eva: EVA = dataclasses.field(default_factory=EVA)
@@ -85,6 +91,7 @@ class LoRA(Targeted):
             "rank": (self.rank >= 1, "at least 1"),
             "dropout": (0.0 <= self.dropout < 1.0, "a share below 1"),
             "init": (self.init in get_args(Init), f"one of {', '.join(get_args(Init))}"),
+            "qpissa_turns": (self.qpissa_turns >= 1, "at least 1"),
             "calibration_batches": (self.calibration_batches >= 1, "at least 1"),
             "lora_plus": (self.lora_plus > 0.0, "a positive ratio"),
         }
@@ -116,32 +123,60 @@ class LoRA(Targeted):
             "rslora": self.rslora,
             "lookup": embedding,
             "tied": site.follows,
-            "loftq": (self.loftq.bits, self.loftq.iterations) if self.init == "loftq" and not embedding else None,
         }
 
 
+def _init_at(config: LoRA, site: Site) -> str:
+    """The initialisation at one site. ``simulated``: loftq where no weight of the model is packed.
+
+    Raises ValueError for what asks for a packed base and has none, or for bits of a base that has its own."""
+    init, base = config.init, site.base
+    if site.name.kind == "embedding" or init not in ("loftq", "qpissa"):
+        return "embedding" if site.name.kind == "embedding" else init
+    if isinstance(base, Weight) and base.packed:
+        if init == "loftq" and config.loftq.bits is not None:
+            raise ValueError(
+                f"peft.loftq.bits: got {config.loftq.bits}; {site.name.module} is stored in few bits already "
+                f"({base!r}): leave it out"
+            )
+        return init
+    if site.original is not None and not isinstance(base, Weight):
+        return {"loftq": "kaiming", "qpissa": "pissa"}[init]  # left out of quantisation, which loses nothing here
+    if init == "qpissa":
+        raise ValueError(
+            f"peft.init: qpissa quantises what pissa leaves of {site.name.module}, whose base is no weight in few bits "
+            "here; expected one: quant.method=nf4, or jaxft.load(path, quantize=...). Otherwise use pissa; in a list "
+            "of methods put qpissa first."
+        )
+    return "simulated"
+
+
 def _start(config: LoRA, site: Site, ranks: np.ndarray, scale: np.ndarray) -> dict[str, Any]:
-    """The base, the factors, and what of them is taken out of the base."""
-    if site.name.kind == "embedding" or config.init in ("kaiming", "gaussian", "a_zero", "random"):
-        how = "embedding" if site.name.kind == "embedding" else config.init
-        a, b = lora_init.drawn(site.key, site.base.shape, ranks, how)
+    """The base, the factors, what of them is taken out of the base, and what made the base anew."""
+    init = _init_at(config, site)
+    if init in ("embedding", "kaiming", "gaussian", "a_zero", "random"):
+        a, b = lora_init.drawn(site.key, site.base.shape, ranks, init)
         return {"base": site.base, "a": a, "b": b}
-    if config.init == "eva":
-        a = _statistics(site, config.init).vectors
+    if init == "eva":
+        a = _statistics(site, init).vectors
         return {"base": site.base, "a": a, "b": jnp.zeros((*a.shape[:-2], a.shape[-1], site.shape[1]))}
-    if config.init == "orthogonal":
+    if init == "orthogonal":
         a, b = lora_init.orthogonal(site, ranks)
         return {"base": site.base, "a": a, "b": b}
-    if config.init == "loftq":
+    if init == "simulated":
         base, a, b = lora_init.quantised(site, ranks, scale, config.loftq)
+        return {"base": base, "a": a, "b": b, "loftq": (config.loftq.bits or 4, config.loftq.iterations)}
+    if init in ("loftq", "qpissa"):
+        turns = config.loftq.iterations if init == "loftq" else config.qpissa_turns
+        base, a, b = lora_init.packed(site, ranks, scale, init, turns, config.pissa_iterations)
         return {"base": base, "a": a, "b": b}
 
     def taken(index: tuple[int, ...], key: jax.Array, w: jax.Array, rank: int) -> lora_init.Pair:
-        if config.init == "pissa":
+        if init == "pissa":
             return lora_init.pissa(key, w, rank, scale[index], config.pissa_iterations)
-        if config.init == "olora":
+        if init == "olora":
             return lora_init.olora(w, rank)
-        covariance = _statistics(site, config.init)[index]
+        covariance = _statistics(site, init)[index]
         return lora_data.corda(w, covariance, rank, scale[index], config.corda.method)
 
     a, b = lora_init.factors(site, ranks, taken)

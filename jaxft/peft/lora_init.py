@@ -14,6 +14,12 @@ Taken out of :math:`W = U S V^\top`, so that :math:`s A_0 B_0` is the part of W 
 - olora: :math:`W^\top = Q R`, :math:`B = Q_r^\top`, :math:`A = R_r^\top` (Büyükakyüz 2024, arXiv:2406.01775).
 - loftq: W is quantised too, Q and A B by turns: :math:`Q \leftarrow q(W - s A B)`, :math:`s A B \leftarrow
   \mathrm{svd}_r(W - Q)` (Li et al. 2023, alg. 1, arXiv:2310.08659). Q takes the place of W for good.
+- qpissa: likewise, but A B begins as pissa's and Q comes last: :math:`s A B \leftarrow \mathrm{svd}_r(W)`,
+  :math:`Q \leftarrow q(W - s A B)`, and for more turns :math:`s A B \leftarrow \mathrm{svd}_r(W - Q)` again (Meng et
+  al. 2024, section 4 and alg. 1).
+
+On a base in few bits Q is stored as that base is, and W is read from where it was read, a layer at a time. The first Q
+of loftq is the base that is there already: after one turn the base is shared and the adapter an ordinary one.
 """
 
 import functools
@@ -38,8 +44,8 @@ Pair = tuple[jax.Array, jax.Array]
 class LoftQ:
     """Settings of the loftq initialisation."""
 
-    bits: Literal[2, 4, 8] = 4
-    """Bits of the simulated normal-float quantiser."""
+    bits: Literal[2, 4, 8] | None = None
+    """Bits of the simulated normal-float quantiser; default: 4. A base that is stored in few bits has its own."""
     iterations: int = 1
     """Turns of quantising and decomposing."""
 
@@ -157,7 +163,7 @@ def quantised(site: Site, ranks: np.ndarray, scale: np.ndarray, config: LoftQ) -
             f"peft.init: loftq puts a quantised matrix in the place of {site.name.module}, which is a "
             f"{type(site.base).__name__} here; expected a plain array. In a list of methods put it first."
         )
-    quantize = functools.partial(normal_float, bits=config.bits)
+    quantize = functools.partial(normal_float, bits=config.bits or 4)
     bases = {}
 
     def one(index: tuple[int, ...], key: jax.Array, w: jax.Array, rank: int) -> Pair:
@@ -167,6 +173,44 @@ def quantised(site: Site, ranks: np.ndarray, scale: np.ndarray, config: LoftQ) -
 
     a, b = factors(site, ranks, one)
     return by_layer(site, lambda index, key: bases.get(index, site.base[index])), a, b
+
+
+def packed(
+    site: Site, ranks: np.ndarray, scale: np.ndarray, init: str, turns: int, fast: int | None
+) -> tuple[Any, jax.Array, jax.Array]:
+    """loftq or qpissa of all layers of a base in few bits: (base, A, B); the very base where it stays as it is.
+
+    Layers that are not adapted stay. Beside the base no more than one layer's matrix and its decomposition are held.
+    ``fast``: as ``iterations`` of `pissa`. Raises ValueError where the matrices that were packed are not known, and for
+    a base whose packing is not ours to repeat."""
+    original, stays, bases = site.original, init == "loftq" and turns == 1, {}
+    if original is None:
+        raise ValueError(
+            f"peft.init: {init} asks for {site.name.module} as it was before it was packed ({site.base!r}); expected a "
+            "model that was read from float weights and packed meanwhile: jaxft.load(path, quantize=...), quant.method "
+            "in a config. Point model.path to those, or choose another peft.init, such as pissa."
+        )
+    if not (stays or hasattr(site.base, "repacked")):
+        raise ValueError(
+            f"peft.init: {init} quantises {site.name.module} anew, and {site.base!r} is made by another procedure; "
+            "expected nf4, fp4, int8 or fp8, or init=loftq with loftq.iterations=1, which leaves the base as it is"
+        )
+
+    def one(index: tuple[int, ...], key: jax.Array, _: jax.Array, rank: int) -> Pair:
+        w, q = original(index).astype(jnp.float32), site.base[index]
+        a, b = jnp.zeros((site.shape[0], rank)), jnp.zeros((rank, site.shape[1]))
+        for turn in range(turns):
+            if init == "loftq" and turn > 0:
+                q = site.base.repacked(w - scale[index] * (a @ b))
+            left = w if init == "qpissa" and turn == 0 else w - verbs.dense(q).astype(jnp.float32)
+            a, b = pissa(jax.random.fold_in(key, turn), left, rank, scale[index], fast)
+            if init == "qpissa":
+                q = site.base.repacked(w - scale[index] * (a @ b))
+        bases[index] = q
+        return a, b
+
+    a, b = factors(site, ranks, one)
+    return site.base if stays else by_layer(site, lambda index, key: bases.get(index, site.base[index])), a, b
 
 
 def loftq(

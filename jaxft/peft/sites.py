@@ -4,6 +4,7 @@ A method is a config that inherits `Targeted` and says in ``wrap(site)`` which W
 walk over the model, tied heads, layers left out, and what is trained whole beside it are the same for all, and here.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,6 +17,9 @@ from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import Weight
 from jaxft.peft import places, targets, whole
+
+Originals = Callable[[Name, tuple[int, ...]], jax.Array]
+"""(name of a weight, index of a layer) -> its matrix [in, out] before it was packed."""
 
 
 class Site(NamedTuple):
@@ -36,6 +40,8 @@ class Site(NamedTuple):
     """What a calibration measured here; None without one."""
     shared: Any = None
     """What ``config.share`` made for all sites together."""
+    original: Callable[[tuple[int, ...]], jax.Array] | None = None
+    """Of a model that was packed as it was read: a layer's matrix [in, out] as it is on disk."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,11 +107,12 @@ def adapt(
     key: jax.Array,
     config: Targeted,
     statistics: Mapping[str, Any] | None = None,
+    originals: Originals | None = None,
 ) -> tree.Params:
     """Wraps every selected weight by ``config.wrap``; trains `modules_to_save` and `bias` in place.
 
-    ``statistics``: what a calibration measured, by path. Raises ValueError naming a target, module or pattern that
-    matches nothing, and a target that the method cannot adapt."""
+    ``statistics``: what a calibration measured, by path. ``originals``: what packed weights were made from. Raises
+    ValueError naming a target, module or pattern that matches nothing, and a target that the method cannot adapt."""
     num_layers = tree.num_layers(params)
     if config.outside and config.bias != "none":
         remedy = f"{type(config).__name__} maps outputs, biases included. Add the method full with select=bitfit."
@@ -116,7 +123,9 @@ def adapt(
     shared = config.share([places.sizes(params, t.name) for t in found], jax.random.fold_in(key, len(found)))
     for i, target in enumerate(found):
         mine = (statistics or {}).get(target.name.path)
-        params = wrap(params, config, target.name, target.layers, jax.random.fold_in(key, i), mine, shared)
+        original = originals and functools.partial(originals, target.name)
+        here = (jax.random.fold_in(key, i), mine, shared, original)
+        params = wrap(params, config, target.name, target.layers, *here)
     params = whole.adapt(params, names, num_layers, config.modules_to_save, config.ensure_weight_tying)
     if config.bias != "none":
         params = whole.adapt_biases(params, names, config.bias, found)
@@ -146,6 +155,7 @@ def wrap(
     key: jax.Array,
     statistics: Any = None,
     shared: Any = None,
+    original: Any = None,
 ) -> tree.Params:
     """The parameters with one row's weight adapted in ``layers`` (bool[*stack])."""
     if name.kind == "embedding" and not config.embeddings:
@@ -157,6 +167,6 @@ def wrap(
     modules = name.modules(tree.num_layers(params))
 
     def adapted(base: Any) -> Weight:
-        return config.wrap(Site(base, name, modules, np.asarray(layers), key, follows, statistics, shared))
+        return config.wrap(Site(base, name, modules, np.asarray(layers), key, follows, statistics, shared, original))
 
     return places.wrap(params, name, adapted, config.outside)

@@ -31,6 +31,9 @@ class QuantConfig:
     """Whether the range of int4 and int8_blockwise has its middle at zero; otherwise each block has a zero point."""
     double_quant: bool = True
     """Whether the scales of nf4 and fp4 are quantised as well (0.13 instead of 0.5 bits a parameter)."""
+    equalise: bool = True
+    """In int8 and fp8: whether the weights of an input feature that are far smaller than the others' are made as large
+    before they are rounded, and the activations smaller: these are the outliers that many models have."""
     skip: str = ""
     """A regex searched in torch module names and in our paths: what it finds stays as it is, such as down_proj."""
 
@@ -61,7 +64,7 @@ class QuantConfig:
     def pack(self, w: Any) -> Weight:
         """The few bits of a floating array [*stack, in, out]. Raises ValueError if it does not fit."""
         if self.method in eight_bit.CODES:
-            return eight_bit.quantize(w, self.method)
+            return eight_bit.quantize(w, self.method, equalise=self.equalise)
         if self.method in GROUPED:
             return groups.quantize(w, GROUPED[self.method], self.block_size, self.symmetric)
         return four_bit.quantize(w, self.method, self.block_size, self.double_quant)

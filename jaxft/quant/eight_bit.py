@@ -6,8 +6,14 @@ As the base never changes, it is rounded once; activations are scaled by row on 
 
 LLM.int8(), Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, section 2.1, without its outlier columns. The
 gradient with respect to x is made alike, of the rows of ``g s_w``: the same codes serve both directions.
+
+An input feature much larger than the others leaves them few of the steps, and its weights, where they are as much
+smaller than the others, get few themselves. With ``equalise`` a row of W at least four times smaller than the usual one
+is made as large, and x smaller: SmoothQuant's migration (Xiao et al. 2022, https://arxiv.org/abs/2211.10438, eqs. 3 and
+4) with alpha = 0, which asks for no data, by powers of two, which round nothing. No feature of x is made larger.
 """
 
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +29,8 @@ LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 @weight
 class EightBit(Weight):
-    """codes: int8 or float8_e4m3fn[*stack, in, out]; scale: float32[*stack, out].
+    """codes: int8 or float8_e4m3fn[*stack, in, out]; scale: float32[*stack, out]; rows: float32[*stack, in], by which
+    ``x`` is multiplied, or None.
 
     ``exact``: whether ``x @ w`` is the product with `dense` in the dtype of ``x`` instead of one in eight bits."""
 
@@ -32,6 +39,7 @@ class EightBit(Weight):
     kind: str = static(default="int8")
     exact: bool = static(default=False)
     made_from: str = static(default="bfloat16")
+    rows: Any = None
     adapter: ClassVar[bool] = False
     packed: ClassVar[bool] = True
     dense_dtype = property(packed_.dense_dtype)
@@ -47,28 +55,50 @@ class EightBit(Weight):
         return DTYPES[self.kind]
 
     def dense(self) -> jax.Array:
-        return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(self.dense_dtype)
+        values = self.codes.astype(jnp.float32) * self.scale[..., None, :]
+        return (values if self.rows is None else values * self.rows[..., None]).astype(self.dense_dtype)
 
     def __rmatmul__(self, x):
-        return packed_.multiply(self, x) if self.exact else _product(x, self.codes, self.scale)
+        if self.exact:
+            return packed_.multiply(self, x)
+        x = x if self.rows is None else x * self.rows.astype(x.dtype)
+        return _product(x, self.codes, self.scale)
+
+    def repacked(self, w: Any) -> "EightBit":
+        """Another floating array stored as this one is."""
+        return dataclasses.replace(quantize(w, self.kind, self.exact, self.rows is not None), made_from=self.made_from)
 
     def take(self, ids):
-        return (self.codes[ids].astype(jnp.float32) * self.scale).astype(self.dense_dtype)
+        values = self.codes[ids].astype(jnp.float32) * self.scale
+        return (values if self.rows is None else values * self.rows[ids][..., None]).astype(self.dense_dtype)
 
     def axes(self, names):
-        return {"codes": names, "scale": (*names[:-2], names[-1])}
+        fields = {"codes": names, "scale": (*names[:-2], names[-1])}
+        return fields if self.rows is None else fields | {"rows": names[:-1]}
 
     def __repr__(self) -> str:
         return f"EightBit({self.kind}[{','.join(map(str, self.shape))}] by output, made from {self.made_from})"
 
 
-def quantize(w: Any, kind: str = "int8", exact: bool = False) -> EightBit:
-    """The eight-bit form of ``w``, a floating array [*stack, in, out].
+def quantize(w: Any, kind: str = "int8", exact: bool = False, equalise: bool = False) -> EightBit:
+    """The eight-bit form of ``w``, a floating array [*stack, in, out]; with ``equalise`` its rows are made alike first.
 
     Raises ValueError for an array without a matrix, another kind, and (not while tracing) numbers not finite."""
     w = packed_.checked(w, kind, CODES)
-    codes, scale = _scaled(w.astype(jnp.float32), -2, CODES[kind])
-    return EightBit(codes, scale[..., 0, :], kind, exact, jnp.dtype(w.dtype).name)
+    x, rows = w.astype(jnp.float32), None
+    if equalise:
+        rows = _smaller(x)
+        x = x / rows[..., None]
+    codes, scale = _scaled(x, -2, CODES[kind])
+    return EightBit(codes, scale[..., 0, :], kind, exact, jnp.dtype(w.dtype).name, rows)
+
+
+def _smaller(x: jax.Array) -> jax.Array:
+    """The power of two, from 1/4 down, that each row of ``x`` [*stack, in, out] is of the usual one; 1 for others."""
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    ratio = largest / jnp.median(largest, axis=-1, keepdims=True)
+    power = jnp.round(jnp.log2(jnp.where((ratio > 0) & jnp.isfinite(ratio), ratio, 1.0)))
+    return jnp.where(power <= -2, jnp.exp2(power), 1.0)
 
 
 def _scaled(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:

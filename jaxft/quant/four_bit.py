@@ -5,6 +5,7 @@ byte, here the first half of a block is packed with its second: unpacking needs 
 sharded along both axes of the matrix. `bitsandbytes` gives and takes the other order.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, ClassVar
@@ -67,6 +68,11 @@ class FourBit(Weight):
         return packed_.rounded((values * self.scales()[..., :, None, :]).reshape(self.shape), self.dense_dtype)
 
     __rmatmul__ = packed_.multiply
+
+    def repacked(self, w: Any) -> "FourBit":
+        """Another floating array stored as this one is."""
+        made = quantize(w, self.kind, self.block, self.nested is not None)
+        return dataclasses.replace(made, made_from=self.made_from)
 
     def take(self, ids):
         half = self.block // 2

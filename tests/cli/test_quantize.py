@@ -57,7 +57,6 @@ def test_refusals(capsys, words, tmp_path):  # noqa: F811
         (["quant.method=nf5"], "nf5"),
         (["quant.block_size=48", "quant.method=nf4"], "power of two"),
         (["quant.skip=.", "quant.method=nf4"], "leaves nothing to quantise"),
-        (["quant.method=nf4", "peft.init=loftq"], "loftq"),
     ):
         code, _, err = jaxft(capsys, *words, *extra)
         assert code in (1, 2) and said in err, err

@@ -339,7 +339,7 @@ def test_refusals():
         linen.adapt(model, variables, KEY, jaxft.peft.AdaLoRA(), x)
     with pytest.raises(ValueError, match="embed is an embedding, which VeRA cannot adapt"):
         linen.adapt(Transformer(), plain("transformer"), KEY, METHODS["vera"].config(targets=("embed",)), ids())
-    for init in ("eva", "corda", "loftq"):
+    for init in ("eva", "corda", "loftq", "qpissa"):
         with pytest.raises(ValueError, match=rf"peft.init: got '{init}'.*such as pissa"):
             adapt(init=init)
 

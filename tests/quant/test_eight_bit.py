@@ -98,3 +98,28 @@ def test_bad_input_is_refused():
     assert "int8[4,4]" in repr(eight_bit.quantize(jnp.ones((4, 4)))) and isinstance(
         eight_bit.quantize(jnp.ones((4, 4))), EightBit
     )
+
+
+@kinds
+def test_outlier_channels_that_weights_tell_of_cost_nothing(kind):
+    """Channels of x 64 times the others', with weights as much smaller: rounded as if there were none."""
+    w = jax.random.uniform(jax.random.key(0), (2, 256, 128), minval=-1.0).at[..., 0].set(1.0).astype(jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(1), (64, 256)).astype(jnp.bfloat16)
+    out = jnp.ones(256).at[jnp.array([3, 70, 200])].set(64.0).astype(jnp.bfloat16)
+    planted, plain = w / out[:, None], eight_bit.quantize(w, kind)
+    even = eight_bit.quantize(planted, kind, equalise=True)
+    np.testing.assert_array_equal(even.rows, jnp.broadcast_to(1 / out.astype(jnp.float32), (2, 256)))
+    assert even.shape == w.shape and even.axes(("layer", "in", "out"))["rows"] == ("layer", "in")
+    exact = eight_bit.quantize(planted, kind, exact=True, equalise=True)[1]
+    for i in range(2):
+        np.testing.assert_array_equal((x * out) @ even[i], x @ plain[i])
+        np.testing.assert_array_equal(even[i].dense(), (plain[i].dense() / out[:, None]).astype(jnp.bfloat16))
+        np.testing.assert_array_equal(even[i].take(jnp.array([70, 4])), even[i].dense()[jnp.array([70, 4])])
+    np.testing.assert_allclose(x @ exact, x @ even[1].dense(), rtol=0.02, atol=0.02)
+    grad = jax.grad(lambda x, w: jnp.sum(jnp.sin(x @ w).astype(jnp.float32)))
+    np.testing.assert_array_equal(grad(x * out, even[0]), grad(x, plain[0]) / out)
+    if kind == "int8":
+        assert off((x * out) @ eight_bit.quantize(planted, kind)[0], x @ w[0]) > 5 * ERROR[kind]
+    usual = eight_bit.quantize(w.at[0, 5].multiply(16.0), kind, equalise=True)  # never makes a feature of x larger
+    np.testing.assert_array_equal(usual.rows, 1.0)
+    assert bool(jnp.all(eight_bit.quantize(w.at[:, 7].set(0.0), kind, equalise=True).rows[:, 7] == 1.0))
