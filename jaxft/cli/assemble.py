@@ -127,6 +127,8 @@ def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
         if attention == "cudnn":
             raise ValueError("model.attention=cudnn is not deterministic: use xla (or auto) with train.deterministic")
         attention = "xla"
+    if config.train.remat == "offload":
+        paged.check(jax.local_devices()[0], "train.remat=offload")
     gather = None if mesh is None else rules.gather(mesh)
     return Execution(config.train.remat, unroll[config.train.unroll], attention, mesh, gather)
 
@@ -195,7 +197,7 @@ def first_state(
         ours = jax.tree.map(lambda _: alone, parts.trainable) if mesh is None else parts.shardings
         places = state.shardings(shapes, ours, whole)
         if config.optim.offload:
-            paged.check(jax.local_devices()[0])
+            paged.check(jax.local_devices()[0], "optim.offload=true")
             places = paged.places(shapes, places)
     own = method(parts.trainable)
     return state.create(parts.trainable, optimizer, key, reference, method_state=own, shardings=places), places

@@ -25,12 +25,13 @@ from jaxft.models.config import Layer, ModelConfig
 from jaxft.models.mlp import mlp
 from jaxft.models.norm import norm
 
-Remat = Literal["none", "full", "attn", "save"]
+Remat = Literal["none", "full", "offload", "attn", "save"]
 KEPT: dict[str, frozenset[str]] = {
     "full": frozenset(),
     "attn": frozenset({"q", "k", "v", "attn", "adapter"}),
     "save": frozenset({"q", "k", "v", "attn", "adapter", "mid", "gate", "up"}),
 }
+INPUT = "input"  # of a layer
 GATHERED = "gathered"  # packed weights from all devices: made again under every policy, as each layer's are large
 
 
@@ -39,7 +40,8 @@ class Execution:
     """How a forward pass is computed; changes speed and memory, never the result beyond rounding."""
 
     remat: Remat = "none"
-    """What the backward pass recomputes: none keeps everything, save all but the large products, full all."""
+    """What the backward pass recomputes: none keeps everything, save all but the large products, full all but the
+    input of each layer, and so does offload, which keeps that in the host's memory."""
     unroll: bool = False
     """A Python loop over layers instead of a scan: 4 % faster on a GPU, slower to compile."""
     backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -199,24 +201,34 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
     return x_BTD, held, None if ys is None else ys.reshape(config.num_layers, *x_BTD.shape)
 
 
-def _remat(body, policy: str, prevent_cse: bool):
-    """Rematerialisation of one layer; the fused attention kernel's own outputs are kept by all policies but full."""
+def _remat(body, policy: Remat, prevent_cse: bool):
+    """Rematerialisation of one layer."""
+    return jax.checkpoint(body, policy=_rule(policy), prevent_cse=prevent_cse)
+
+
+def _rule(policy: Remat) -> Callable[..., Any]:
+    """What is kept; the fused attention kernel's own outputs are wherever any product is."""
+    policies = jax.checkpoint_policies
     if policy == "none":
-        rule = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(body, policy=rule, prevent_cse=prevent_cse)
-    kept = KEPT[policy]
-    by_name = jax.checkpoint_policies.save_only_these_names(*kept)
+        return policies.save_anything_except_these_names(GATHERED)
+    if policy == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    by_name = policies.save_only_these_names(*KEPT[policy])
 
     def keep(primitive, *args, **params):
         return "dot_product_attention_fwd" in primitive.name or by_name(primitive, *args, **params)
 
-    rule = keep if kept else jax.checkpoint_policies.nothing_saveable
-    return jax.checkpoint(body, policy=rule, prevent_cse=prevent_cse)
+    return keep if KEPT[policy] else policies.nothing_saveable
 
 
 def _layer(context: _Context, kind: Layer, p: tree.Params, x_BTD: jax.Array, cached: Cache | None, i: Any):
     """One decoder layer: (x, cache)."""
-    config = context.config
+    config, x_BTD = context.config, checkpoint_name(x_BTD, INPUT)
     if context.execution.gather is not None:
         p = context.execution.gather(p)
     scale = config.residual_scale

@@ -24,9 +24,10 @@ class TrainConfig:
     """Of new parameters, dropout and noise. The order of the data has its own, ``data.seed``."""
     neftune_alpha: float = 0.0
     """Noise added to embeddings while training, of magnitude alpha / sqrt(length x width); 5 is usual. 0: none."""
-    remat: Literal["none", "save", "attn", "full"] = "full"
+    remat: Literal["none", "save", "attn", "full", "offload"] = "full"
     """What the backward pass recomputes to save memory: none keeps everything, save the large products, attn the
-    attention's, full the input of each layer only. Never changes the result beyond rounding."""
+    attention's, full the input of each layer only, and offload that in the host's pinned memory. Never changes the
+    result beyond rounding."""
     unroll: Literal["auto", "always", "never"] = "auto"
     """Whether layers are a Python loop instead of a scan: somewhat faster on a GPU, slower to compile. auto: on one
     GPU."""

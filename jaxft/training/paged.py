@@ -15,13 +15,13 @@ HOST = "pinned_host"
 SMALLEST = 4096  # elements: a copy of fewer gains nothing
 
 
-def check(device: jax.Device) -> None:
-    """Raises ValueError if the device cannot read memory of the host."""
+def check(device: jax.Device, setting: str) -> None:
+    """Raises ValueError, naming the setting that asks for it, if the device cannot reach memory of the host."""
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     if HOST not in kinds:
         raise ValueError(
-            f"optim.offload: {device.device_kind} has the memories {', '.join(kinds)}; expected {HOST}, where the "
-            "moments would be kept. Leave it out; optim.name=adamw_8bit keeps them in a quarter of the memory."
+            f"{setting}: needs the memory {HOST} of the host; got a {device.device_kind}, which has "
+            f"{', '.join(kinds)}. Leave it out; train.remat=full and optim.name=adamw_8bit save memory on every device."
         )
 
 

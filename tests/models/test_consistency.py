@@ -121,6 +121,7 @@ def continuation(loaded: hf.Loaded, prompt: np.ndarray, mask: np.ndarray, steps:
 EXECUTIONS = {
     "unrolled": decoder.Execution(unroll=True),
     "remat full": decoder.Execution(remat="full"),
+    "remat offload": decoder.Execution(remat="offload"),
     "remat attn": decoder.Execution(remat="attn"),
     "remat save, unrolled": decoder.Execution(remat="save", unroll=True),
     "split": decoder.Execution(remat="save"),

@@ -75,9 +75,9 @@ def test_a_run_with_it_is_a_run_without(name, spread, tmp_path, monkeypatch):
 
 
 def test_a_device_without_such_memory_is_refused():
-    paged.check(jax.devices()[0])
+    paged.check(jax.devices()[0], "optim.offload=true")
     device = types.SimpleNamespace(
         device_kind="TPU v2", addressable_memories=lambda: [types.SimpleNamespace(kind="device")]
     )
-    with pytest.raises(ValueError, match=r"optim\.offload: TPU v2 has the memories device; expected pinned_host"):
-        paged.check(device)
+    with pytest.raises(ValueError, match=r"train\.remat=offload: needs.*pinned_host.*got a TPU v2, which has device\."):
+        paged.check(device, "train.remat=offload")  # type: ignore[arg-type]
