@@ -198,7 +198,7 @@ def first_state(
         places = state.shardings(shapes, ours, whole)
         if config.optim.offload:
             paged.check(jax.local_devices()[0], "optim.offload=true")
-            places = paged.places(shapes, places)
+            places = places._replace(opt_state=paged.places(shapes.opt_state, places.opt_state))
     own = method(parts.trainable)
     return state.create(parts.trainable, optimizer, key, reference, method_state=own, shardings=places), places
 

@@ -6,6 +6,7 @@ optimiser's state. Weight decay is decoupled (Loshchilov & Hutter 2019) and goes
 optimiser; it spares norms, biases and anything that is a vector in one layer.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.core import tree
-from jaxft.training import eight_bit, leafwise, schedules
+from jaxft.training import eight_bit, leafwise, paged, schedules
 from jaxft.training.config import OptimConfig
 from jaxft.training.leafwise import Stacked
 
@@ -28,8 +29,9 @@ class Optimizer(NamedTuple):
     """What the step needs of an optimiser."""
 
     init: Callable[[tree.Params], optax.OptState]
-    update: Callable[[tree.Params, optax.OptState, tree.Params, jax.Array], tuple[tree.Params, optax.OptState]]
-    """``update(grads, state, params, step) -> (what to add to params, state)``"""
+    update: Callable[..., tuple[tree.Params, optax.OptState]]
+    """``update(grads, state, params, step, fine=True) -> (what to add to params, state)``; where ``fine`` is False, the
+    state as it was"""
     learning_rate: schedules.Schedule
     averaged: Callable[[optax.OptState, tree.Params], tree.Params]
     """``averaged(state, params)``: the parameters to evaluate and export (schedule-free's average; else ``params``)."""
@@ -133,14 +135,34 @@ def make(
         body.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask(trainable, stacked)))
     if config.name == "schedule_free":
         b1 = (config.betas or kind.betas or (0.9, 0.999))[0]
-        return _averaging(head, optax.chain(*body), b1, rate, factors)
-    direction = optax.chain(head, *body)
+        made = _averaging(head, optax.chain(*body), b1, rate, factors)
+    else:
+        direction = optax.chain(head, *body)
 
-    def update(grads: tree.Params, state: optax.OptState, params: tree.Params, step: jax.Array):
-        updates, state = direction.update(grads, state, params)
-        return _scaled(updates, rate(step), factors), state
+        def update(grads: tree.Params, state: optax.OptState, params: tree.Params, step: jax.Array):
+            updates, state = direction.update(grads, state, params)
+            return _scaled(updates, rate(step), factors), state
 
-    return Optimizer(direction.init, update, rate, lambda state, params: params)
+        made = Optimizer(direction.init, _kept(update), rate, lambda state, params: params)
+    if not config.offload:
+        return made
+    alone = dataclasses.replace(config, offload=False, clip_norm=None, groups={})
+
+    def part(one: tree.Params) -> Optimizer:
+        own = jax.tree.map(lambda p, f: None if p is None else f, one, factors, is_leaf=lambda x: x is None)
+        return make(alone, one, total_steps, default_lr, own, stacked, peak_lr)
+
+    return made._replace(update=paged.one_by_one(head, part))
+
+
+def _kept(update: Callable) -> Callable:
+    """`Optimizer.update` that leaves the state as it was where ``fine`` is False."""
+
+    def kept(grads: tree.Params, state: Any, params: tree.Params, step: jax.Array, fine: Any = True):
+        updates, after = update(grads, state, params, step)
+        return updates, jax.tree.map(lambda a, b: jnp.where(fine, a, b), after, state)
+
+    return kept
 
 
 def _averaging(
@@ -168,7 +190,7 @@ def _averaging(
         here = jax.device_put(state[1], jax.memory.Space.Device)  # from the host's memory, if it is there (`paged`)
         return optax.contrib.schedule_free_eval_params(here, params)
 
-    return Optimizer(init, update, rate, averaged)
+    return Optimizer(init, _kept(update), rate, averaged)
 
 
 def _scaled(updates: tree.Params, rate: jax.Array, factors: tree.Params) -> tree.Params:

@@ -23,7 +23,6 @@ from jaxft.core import tree
 from jaxft.core.hooks import Hooks
 from jaxft.objectives import terms
 from jaxft.objectives.terms import Batch, Means, Objective, Scores
-from jaxft.training import paged
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
@@ -75,12 +74,11 @@ def make_step(
 
 
 def compiled(step: Step, shardings: Shardings | None = None) -> Step:
-    """The jitted step, which donates its state; what is held in the host's memory visits the device in it."""
+    """The jitted step, which donates its state."""
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(
-        paged.visiting(step, shardings.state), donate_argnums=0,
-        in_shardings=(shardings.state, shardings.frozen, shardings.batch),
+        step, donate_argnums=0, in_shardings=(shardings.state, shardings.frozen, shardings.batch),
         out_shardings=(shardings.state, None),
     )  # fmt: skip
 
@@ -115,12 +113,12 @@ def body(
         metrics["tokens"] = _tokens(batch)
         fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = 1 - fine.astype(jnp.int32)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, state.step, fine)
         trainable = optax.apply_updates(state.trainable, updates)
         trainable, method_state = hooks.update(state.step + 1, trainable, grads, state.method_state)
-        new = {"trainable": trainable, "opt_state": opt_state, "method_state": method_state}
+        new = {"trainable": trainable, "method_state": method_state}
         old = {name: getattr(state, name) for name in new}
-        return state._replace(step=state.step + 1, **each(_chosen)(fine, new, old)), metrics
+        return state._replace(step=state.step + 1, opt_state=opt_state, **each(_chosen)(fine, new, old)), metrics
 
     return step
 

@@ -74,7 +74,9 @@ def shardings(made: Parts, mesh: Mesh, offload: bool = False) -> step.Shardings:
     shapes = state.abstract(made.trainable, made.optimizer, jax.random.key(0))
     whole = NamedSharding(mesh, PartitionSpec())
     held = state.shardings(shapes, ours, whole)
-    return step.Shardings(paged.places(shapes, held) if offload else held, theirs, mesh_.batch_sharding(mesh))
+    if offload:
+        held = held._replace(opt_state=paged.places(shapes.opt_state, held.opt_state))
+    return step.Shardings(held, theirs, mesh_.batch_sharding(mesh))
 
 
 def build(made: Parts, dtype: Any, execution: Execution, where: step.Shardings | None) -> Any:

@@ -72,7 +72,8 @@ QLORA = {
 def made_of(case: Case) -> steps.Parts:
     """What the step is made of."""
     quant = chosen(case.quant)
-    return steps.parts(case.raw, case.method, jnp.bfloat16, OptimConfig(), abstract=True, quant=quant)
+    settings = OptimConfig(offload=case.offload)
+    return steps.parts(case.raw, case.method, jnp.bfloat16, settings, abstract=True, quant=quant)
 
 
 def lowered(case: Case) -> Any:
@@ -83,6 +84,7 @@ def lowered(case: Case) -> Any:
     where = steps.shardings(made, mesh, case.offload)
     how = Execution(remat=case.remat, mesh=mesh, gather=rules.gather(mesh))
     begin = state.abstract(made.trainable, made.optimizer, jax.random.key(0))
+    begin = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), begin, where.state)
     return steps.build(made, jnp.bfloat16, how, where).lower(
         begin, made.frozen, steps.shapes(1, case.rows, case.length, where.batch)
     )
