@@ -16,7 +16,7 @@ from rich.table import Table
 
 from jaxft import data
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, target
+from jaxft.cli import answers, assemble, precision, target
 from jaxft.cli.target import Target
 from jaxft.config import RunConfig
 from jaxft.core import tree
@@ -47,6 +47,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="show K rows of data.path with their answers before each prompt",
     )
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="replies to show; default: 3")
+    parser.add_argument(
+        "--products",
+        action="store_true",
+        help="show the error of every layer's products in few bits (quant.method) against the model as it was",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
         "--replies", type=Path, metavar="FILE", help="write every prompt, reply and answer there, as jsonl"
@@ -69,10 +74,14 @@ def command(args: argparse.Namespace) -> int:
         values["exact_match"] = sum(reply.exact for reply in said) / len(said)
     if args.replies is not None:
         answers.write(args.replies, 0, said, model.tokenizer)
+    rows = precision.products(found, examples, how) if args.products else []
     if args.json:
-        print(json.dumps({"data": source, "examples": len(examples), "replies": len(said), **values}))
+        told = {"products": {row.module: row.error for row in rows}} if rows else {}
+        print(json.dumps({"data": source, "examples": len(examples), "replies": len(said), **values, **told}))
     else:
         _show(source, examples, values, said, args.samples)
+    if rows and not args.json:
+        precision.show_products(rows)
     return 0
 
 

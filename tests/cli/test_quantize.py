@@ -24,11 +24,27 @@ def test_qlora_from_config_to_a_merged_model(capsys, words, tiny, tmp_path):  # 
     assert code == 0, err
     last = [row for row in metrics(run) if "eval_loss" in row][-1]
     assert abs(json.loads(out)["loss"] - last["eval_loss"]) < 1e-5
-    code, _, err = jaxft(capsys, "merge", run, "--out", tmp_path / "merged")
-    assert code == 0, err
+    code, out, err = jaxft(capsys, "merge", run, "--out", tmp_path / "merged")
+    assert code == 0 and "error of rounding merged weights" in out, err
+    report = json.loads((tmp_path / "merged" / "merge_errors.json").read_text())
+    assert report["total"]["rounding"] < 1e-7 < 0.02 < report["total"]["packing"] < 0.12
+    assert len(report["layers"]) == 14 and report["layers"]["model.layers.1.mlp.down_proj"]["update"] > 0
     code, out, err = jaxft(capsys, "eval", tmp_path / "merged", "--json", "--limit", "0", *words[3:5], words[2])
     assert code == 0, err
     assert abs(json.loads(out)["loss"] - last["eval_loss"]) < 1e-4
+    code, out, err = jaxft(capsys, "merge", run, "--packed", "--out", tmp_path / "packed")
+    assert code == 0 and "error of storing merged weights" in out, err
+    assert isinstance(hf.load(tmp_path / "packed").params["layers"]["mlp"]["up"], FourBit)
+
+
+def test_errors_of_products(capsys, words, tiny):  # noqa: F811
+    told = ["--json", "--limit", "0", "--products", *words[2:6]]
+    code, out, err = jaxft(capsys, "eval", tiny, *told, "quant.method=nf4", "quant.skip=v_proj")
+    assert code == 0, err
+    found = json.loads(out)["products"]
+    assert len(found) == 12 and all(0.04 < error < 0.2 for error in found.values()), found
+    code, out, err = jaxft(capsys, "eval", tiny, *told)
+    assert code == 2 and "say how: quant.method=int8" in err
 
 
 def test_a_base_is_written_in_four_bits_once(capsys, words, tiny, tmp_path):  # noqa: F811
