@@ -145,9 +145,9 @@ def load(
 
     ``dtype``: float32, bfloat16, float16, or auto (what the checkpoint says). A ``mesh`` shards the weights by
     `sharding.rules`, unless ``sharding(path, shape)`` says where each goes; by default all are on one device.
-    ``quantize``: nf4, fp4, int8, fp8 or a `quant.QuantConfig`: linear layers are stored in few bits, each packed as it
-    is read. A checkpoint that bitsandbytes quantised to 4 bits is loaded as it is. Raises CheckpointError with what is
-    wrong and what to do.
+    ``quantize``: nf4, fp4, int4, int8_blockwise, int8, fp8 or a `quant.QuantConfig`: linear layers are stored in few
+    bits, each packed as it is read. A checkpoint that bitsandbytes (4 bits), GPTQ, AWQ, HQQ or compressed-tensors (4 or
+    8) quantised is loaded as it is. Raises CheckpointError with what is wrong and what to do.
     """
     directory = hub.directory(source, revision)
     loaded = hf.load(directory, dtype, mesh=mesh, sharding=sharding, quantize=quantize)
@@ -198,7 +198,7 @@ def save_hf(
 
     ``params`` without adapters (`jaxft.merge`). ``dtype``: of every tensor, by default that of the embedding. The
     directory appears complete or not at all; one that holds something is refused unless ``overwrite``. ``packed``:
-    4-bit weights are written as bitsandbytes stores them, instead of dense."""
+    nf4 and fp4 weights are written as bitsandbytes stores them, integers in groups as GPTQModel, instead of dense."""
     made = hf.Loaded(model.config, model.names, params, model.raw)
     return writer.save(
         made,

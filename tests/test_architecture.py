@@ -31,6 +31,7 @@ MAY_IMPORT = {
 TOP = {
     "__init__",
     "__main__",
+    "calibrate",
     "cli",
     "config",
     "flax",

@@ -132,7 +132,7 @@ def read(
 
     Raises CheckpointError where one is damaged or unlike the others."""
     kinds = set()
-    form = GROUPED.get(config.get("quant_method", ""))
+    form: Any = GROUPED.get(config.get("quant_method", ""))
     size = entry.shape[1:] if entry.stacked else entry.shape
 
     def layer(tensor: Tensor) -> Weight:

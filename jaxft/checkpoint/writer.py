@@ -17,13 +17,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxft.checkpoint import biases, hf, host, tensorfile, tokenizer
+from jaxft.checkpoint import biases, hf, host, quantised, tensorfile, tokenizer
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.checkpoint.hf import Loaded
+from jaxft.checkpoint.quantised import Form
 from jaxft.core import tree, verbs
 from jaxft.core.names import Name
 from jaxft.core.weight import Affine, Split, Untied, Weight
-from jaxft.quant import FourBit, bitsandbytes
+from jaxft.quant import FourBit, IntGroups
 
 # What AutoModelForCausalLM makes of a model_type; written when the source names no causal language model itself.
 ARCHITECTURES = {
@@ -52,8 +53,8 @@ class Piece:
     weight: Any
     layer: int | None
     transposed: bool
-    packed: bool = False
-    """Whether it is written as the tensors of a matrix in few bits."""
+    form: Form | None = None
+    """How the tensors of a matrix in few bits are written; None: dense."""
 
     @property
     def matrix(self) -> Any:
@@ -62,17 +63,17 @@ class Piece:
 
     def described(self, dtype: np.dtype) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of each tensor of it on disk."""
-        if not self.packed:
+        if self.form is None:
             return [(self.name, dtype, self.shape)]
         shapes = jax.eval_shape(lambda: self.matrix)
-        return [(name, *how) for name, how in bitsandbytes.described(shapes, self.name).items()]
+        return [(name, *how) for name, how in self.form.described(shapes, self.name).items()]
 
     def arrays(self, dtype: np.dtype) -> Iterator[np.ndarray]:
         """The tensors, in that order, in host memory."""
-        if not self.packed:
+        if self.form is None:
             yield _host(self, dtype)
             return
-        yield from bitsandbytes.tensors(jax.tree.map(host.gather, self.matrix), self.name).values()
+        yield from self.form.tensors(jax.tree.map(host.gather, self.matrix), self.name).values()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,12 +93,18 @@ def save(
     packed: bool = False,
 ) -> Path:
     """Writes the model; generation config and tokenizer files are copied from ``source``, the directory it came from,
-    unless ``own_tokenizer`` is given. Weights in few bits are written dense, or with ``packed`` as bitsandbytes stores
-    them. Raises CheckpointError; on several hosts every process must call it."""
+    unless ``own_tokenizer`` is given. Weights in few bits are written dense, or with ``packed`` as bitsandbytes (nf4,
+    fp4) or GPTQModel (integers in groups) stores them. Raises CheckpointError; on several hosts every process must call
+    it."""
     target = Path(directory).expanduser().absolute()
     _refuse_occupied(target, overwrite)
     model = biases.switched_on(model)
-    pieces = [dataclasses.replace(p, packed=packed and isinstance(p.weight, FourBit)) for p in _pieces(model)]
+    pieces = _pieces(model)
+    if packed:
+        form = quantised.form_of([(p.name, p.weight) for p in pieces])
+        pieces = [
+            p if not isinstance(p.weight, FourBit | IntGroups) else dataclasses.replace(p, form=form) for p in pieces
+        ]
     kind = pieces[0].weight.dtype if dtype is None else hf.dtype_named(dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     first = jax.process_index() == 0
@@ -260,8 +267,10 @@ def _write_rest(
     """config.json, generation_config.json and the tokenizer."""
     raw = config_of(model, dtype)
     raw.pop("quantization_config", None)
-    if any(piece.packed for piece in pieces):
-        raw["quantization_config"] = _quantisation(pieces, dtype)
+    forms = [piece.form for piece in pieces if piece.form is not None]
+    if forms:
+        plain = [p.name for p in pieces if p.form is None and len(p.shape) == 2]
+        raw["quantization_config"] = forms[0].config([p.name for p in pieces if p.form is not None], plain, dtype)
     _write_json(work / "config.json", raw)
     if source is not None and (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", work / "generation_config.json")
@@ -269,22 +278,6 @@ def _write_rest(
         own_tokenizer.save_pretrained(work)
     elif source is not None:
         tokenizer.copy(source, work)
-
-
-def _quantisation(pieces: list[Piece], dtype: str) -> dict[str, Any]:
-    """What transformers wants to know of weights that bitsandbytes is to read."""
-    first = next(piece.weight for piece in pieces if piece.packed)
-    plain = {piece.name.removesuffix(".weight") for piece in pieces if not piece.packed and len(piece.shape) == 2}
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": first.kind,
-        "bnb_4bit_use_double_quant": first.nested is not None,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": sorted(plain),
-    }
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

@@ -87,6 +87,27 @@ def forward(
         tokens_BT, positions_BT, noise_BTD, tasks_BT = slots.prepend(
             added, tokens_BT, positions_BT, noise_BTD, tasks_BT
         )
+    how = {"execution": execution, "noise_BTD": noise_BTD, "tasks_BT": tasks_BT}
+    x_BTD = embed(config, params, tokens_BT, positions_BT, segments_BT, **how)
+    positions_BT = positions_BT + slots.prefix_length(params)
+    context = _Context(config, execution, positions_BT, segments_BT, cache)
+    x_BTD, cache, outputs = _layers(context, slots.layers(params, x_BTD.dtype), x_BTD, bool(capture))
+    captured = {} if outputs is None else {"layers": outputs[:, :, added:]}
+    return norm(config, params["final_norm"], x_BTD[:, added:]), cache, captured
+
+
+def embed(
+    config: ModelConfig,
+    params: tree.Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    *,
+    execution: Execution = DEFAULT,
+    noise_BTD: jax.Array | None = None,
+    tasks_BT: jax.Array | None = None,
+) -> jax.Array:
+    """What the first layer reads, [B, T, D]; arguments as of `forward`."""
     x_BTD = _features(execution, verbs.take(params["embed"]["tokens"], tokens_BT))
     x_BTD = _scaled(config.embed_scale, x_BTD)
     if noise_BTD is not None:
@@ -94,14 +115,24 @@ def forward(
     if slots.PROMPT in params:
         x_BTD = slots.fill(params[slots.PROMPT], x_BTD, positions_BT, segments_BT, tasks_BT)
     x_BTD = _scaled(config.input_scale, x_BTD)
-    positions_BT = positions_BT + slots.prefix_length(params)
     if config.learned_positions:
-        x_BTD = x_BTD + verbs.take(params["embed"]["positions"], positions_BT)
-    x_BTD = _rows(execution, x_BTD)
-    context = _Context(config, execution, positions_BT, segments_BT, cache)
-    x_BTD, cache, outputs = _layers(context, slots.layers(params, x_BTD.dtype), x_BTD, bool(capture))
-    captured = {} if outputs is None else {"layers": outputs[:, :, added:]}
-    return norm(config, params["final_norm"], x_BTD[:, added:]), cache, captured
+        x_BTD = x_BTD + verbs.take(params["embed"]["positions"], positions_BT + slots.prefix_length(params))
+    return _rows(execution, x_BTD)
+
+
+def layer(
+    config: ModelConfig,
+    kind: Layer,
+    params: tree.Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    *,
+    execution: Execution = DEFAULT,
+) -> jax.Array:
+    """One layer by itself, of a kind of ``config.layers`` and with the parameters of that layer: [B, T, D]."""
+    context = _Context(config, execution, positions_BT, segments_BT, None)
+    return _layer(context, kind, params, x_BTD, None, 0)[0]
 
 
 def restarting(tokens_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

@@ -3,15 +3,16 @@
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import Weight
 from jaxft.quant import eight_bit, four_bit, groups
+from jaxft.quant.gptq import GPTQ
 
-Method = Literal["none", "nf4", "fp4", "int4", "int8_blockwise", "int8", "fp8"]
+Method = Literal["none", "nf4", "fp4", "int4", "int8_blockwise", "gptq", "int8", "fp8"]
 GROUPED = {"int4": 4, "int8_blockwise": 8}
 """Bits of what is rounded to the nearest integer of each block's grid."""
 
@@ -22,13 +23,15 @@ class QuantConfig:
 
     method: Method = "none"
     """nf4 or fp4: four bits and a scale for each block. int4 or int8_blockwise: integers with a scale for each block,
-    rounded to the nearest. int8 or fp8: eight bits and a scale for each output, multiplied in eight bits. none: nothing
-    is quantised."""
+    rounded to the nearest. gptq: the same integers chosen with calibration data, by jaxft quantize. int8 or fp8: eight
+    bits and a scale for each output, multiplied in eight bits. none: nothing is quantised."""
     block_size: int = 64
-    """Input features that share a scale: in nf4 and fp4 a power of two from 32 to 4096, in int4 and int8_blockwise any
-    divisor of their number, -1 for all of them; int8 and fp8 have no blocks."""
+    """Input features that share a scale: in nf4 and fp4 a power of two from 32 to 4096, in int4, int8_blockwise and
+    gptq any divisor of their number, -1 for all of them; int8 and fp8 have no blocks."""
     symmetric: bool = True
-    """Whether the range of int4 and int8_blockwise has its middle at zero; otherwise each block has a zero point."""
+    """Whether ranges have their middle at zero in int4, int8_blockwise and gptq; otherwise blocks have zero points."""
+    gptq: GPTQ = field(default_factory=GPTQ)
+    """Settings of gptq."""
     double_quant: bool = True
     """Whether the scales of nf4 and fp4 are quantised as well (0.13 instead of 0.5 bits a parameter)."""
     equalise: bool = True
@@ -71,8 +74,15 @@ class QuantConfig:
 
 
 def chosen(quantize: "str | QuantConfig | None") -> QuantConfig | None:
-    """The config that a user's word, or config, stands for; None if nothing is to be quantised."""
+    """The config that a user's word, or config, stands for; None if nothing is to be quantised.
+
+    Raises ValueError for gptq: that takes more than the weight."""
     config = QuantConfig(method=quantize) if isinstance(quantize, str) else quantize  # type: ignore[arg-type]
+    if config is not None and config.method == "gptq":
+        raise ValueError(
+            "quant.method: got gptq, which needs calibration data; quantise once and load the result: jaxft quantize "
+            "MODEL quant.method=gptq data.path=rows.jsonl --out DIR (in Python, jaxft.calibrate.gptq)"
+        )
     return None if config is None or config.method == "none" else config
 
 

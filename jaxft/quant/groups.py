@@ -117,12 +117,12 @@ def _rows(a: jax.Array, index: jax.Array) -> jax.Array:
 def stored(codes: Any, scale: Any, zero: Any, group: Any, bits: int, made_from: str) -> IntGroups:
     """The weight of uint8[*stack, in, out] codes and the other fields of `IntGroups`.
 
-    Raises ValueError for an odd number of rows (in a group, where these are in order) in four bits."""
+    Raises ValueError for an odd number of rows in four bits."""
     *stack, rows, out = codes.shape
-    span = math.gcd(rows if group is not None else rows // scale.shape[-2], SPAN)
+    span = math.gcd(rows, SPAN)
     if bits == 4:  # on the host if they are there
         if span % 2:
-            raise ValueError(f"groups: got {rows} input features in groups of odd size; expected an even one")
+            raise ValueError(f"groups: got {rows} input features; expected an even number of them in four bits")
         spans = codes.reshape(*stack, -1, span, out)
         codes = ((spans[..., : span // 2, :] << 4) | spans[..., span // 2 :, :]).reshape(*stack, rows // 2, out)
     zero, group = (None if a is None else jnp.asarray(a) for a in (zero, group))

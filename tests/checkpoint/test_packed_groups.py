@@ -1,6 +1,8 @@
 """Checkpoints of GPTQ, AWQ, HQQ and compressed-tensors, read as they are stored: against their formats' definitions."""
 
 import functools
+import json
+import re
 
 import jax
 import numpy as np
@@ -9,10 +11,10 @@ import pytest
 
 import jaxft
 from jaxft import peft
-from jaxft.checkpoint import hf
+from jaxft.checkpoint import hf, writer
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.core import tree, verbs
-from jaxft.quant import IntGroups
+from jaxft.quant import IntGroups, QuantConfig
 from jaxft.sharding import mesh as meshes
 from jaxft.sharding.mesh import MeshConfig
 from tests.checkpoint import files, packers
@@ -188,3 +190,64 @@ def test_quantised_once_is_enough(saved, tmp_path):
     packed, _ = packers.write(saved("llama"), tmp_path, packers.awq, AWQ, only=ATTENTION)
     with pytest.raises(CheckpointError, match="quantised already"):
         hf.load(packed, quantize="int4")
+
+
+WRITTEN = {
+    "symmetric": (QuantConfig("int4", block_size=16), {"checkpoint_format": "gptq", "sym": True, "group_size": 16}),
+    "zero points": (
+        QuantConfig("int4", block_size=-1, symmetric=False),
+        {"checkpoint_format": "gptq_v2", "sym": False, "group_size": -1},
+    ),
+    "8 bits": (QuantConfig("int8_blockwise", block_size=8, skip="down_proj"), {"bits": 8, "group_size": 8}),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_is_gptqs_format_and_is_read_again(name, saved, tmp_path):
+    config, told = WRITTEN[name]
+    model = hf.load(saved("llama_bias"), "float32", quantize=config)
+    writer.save(model, tmp_path / "out", packed=True, shard="20KB")
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "out", "float32").params, model.params)
+    found, raw = files.read(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["quantization_config"] | told == raw["quantization_config"]
+    for path, module in (("attn/o", "self_attn.o_proj"), ("mlp/up", "mlp.up_proj")):
+        right = tree.get(model.params["layers"], path).base.dense()[2]
+        parts = {key: found[f"model.layers.2.{module}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
+        np.testing.assert_allclose(defined(parts, raw["quantization_config"]), right, rtol=1e-5, atol=1e-6)
+
+
+def defined(parts, config) -> np.ndarray:
+    """The dequantised matrix [in, out], number by number."""
+    bits, scales = config["bits"], parts["scales"].astype(np.float64)
+    number = lambda word, i: int(np.uint32(word.view(np.uint32) >> np.uint32(bits * i))) % 2**bits  # noqa: E731
+    per, out = 32 // bits, np.empty((len(parts["g_idx"]), scales.shape[1]))
+    for i, j in np.ndindex(*out.shape):
+        group = parts["g_idx"][i]
+        zero = number(parts["qzeros"][group, j // per], j % per) + (config["checkpoint_format"] == "gptq")
+        out[i, j] = (number(parts["qweight"][i // per, j], i % per) - zero) * scales[group, j]
+    return out
+
+
+def test_what_is_left_out_is_told(saved, tmp_path):
+    """To GPTQModel and vLLM by a regex, to transformers by the modules that are quantised."""
+    model = hf.load(saved("llama"), quantize=QuantConfig("int4", block_size=16, skip="down_proj"))
+    writer.save(model, tmp_path / "out", packed=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (rule,) = config["dynamic"]
+    assert config["dynamic"][rule] == {} and rule.startswith("-:")
+    assert re.fullmatch(rule[2:], "model.layers.2.mlp.down_proj") and not re.match(
+        rule[2:], "model.layers.2.mlp.up_proj"
+    )
+    assert ["self_attn.q_proj"] in config["modules_in_block_to_quantize"]
+    assert ["mlp.down_proj"] not in config["modules_in_block_to_quantize"] and config["lm_head"] is False
+
+
+def test_what_gptq_cannot_hold_is_not_written(saved, tmp_path):
+    packed, _ = packers.write(saved("llama"), tmp_path, packers.hqq, HQQ)
+    model = hf.load(packed)
+    with pytest.raises(CheckpointError, match=r"float16 zero points.*expected whole zero points.*packed=False"):
+        writer.save(model, tmp_path / "out", packed=True)
+    writer.save(model, tmp_path / "out")
+    np.testing.assert_array_equal(
+        hf.load(tmp_path / "out").params["layers"]["mlp"]["up"], model.params["layers"]["mlp"]["up"].dense()
+    )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxft.checkpoint import hf
-from jaxft.quant import FourBit
+from jaxft.quant import FourBit, IntGroups
 from tests.cli.test_train import jaxft, metrics, torch_logits, words  # noqa: F401  (a fixture)
 
 
@@ -60,7 +60,7 @@ def test_a_base_is_written_in_four_bits_once(capsys, words, tiny, tmp_path):  # 
     code, _, err = jaxft(capsys, "quantize", four, "--out", tmp_path / "again")
     assert code == 1 and "quantised already" in err
     code, _, err = jaxft(capsys, "quantize", tiny, "--out", tmp_path / "eight", "quant.method=int8")
-    assert code == 2 and "got int8; expected one of nf4, fp4" in err
+    assert code == 2 and "got int8; expected one of nf4, fp4, int4, int8_blockwise, gptq to" in err
     for extra, folder in ((["quant.method=nf4"], "a"), ([f"model.path={four}"], "b")):
         code, _, err = jaxft(capsys, *words, *extra, f"run_dir={tmp_path / folder}", "train.steps=2")
         assert code == 0, err
@@ -77,3 +77,29 @@ def test_refusals(capsys, words, tmp_path):  # noqa: F811
         code, _, err = jaxft(capsys, *words, *extra)
         assert code in (1, 2) and said in err, err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_is_quantised_with_the_runs_data(capsys, words, tiny, tmp_path):  # noqa: F811
+    """GPTQ from the command line: nearer to the model than rounding is, on the data it was calibrated with."""
+    rows, off = words[3], {}
+    for method, extra in (("gptq", [rows, "data.max_length=64", "train.batch=2"]), ("int4", [])):
+        out = tmp_path / method
+        said = ["quant.block_size=32", f"quant.method={method}", "model.dtype=float32"]
+        code, text, err = jaxft(capsys, "quantize", tiny, "--out", out, *said, *extra)
+        assert code == 0, err
+        assert f"{method}:" in text and "at 4.50 bits each" in text and "gptqmodel" in text
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] == "gptq" and config["group_size"] == 32
+        model = hf.load(out, "float32")
+        assert isinstance(model.params["layers"]["mlp"]["up"], IntGroups)
+        code, text, err = jaxft(capsys, "eval", out, "--json", "--limit", "0", rows, "model.dtype=float32")
+        assert code == 0, err
+        off[method] = json.loads(text)["loss"]
+    code, text, err = jaxft(capsys, "eval", tiny, "--json", "--limit", "0", rows, "model.dtype=float32")
+    off = {method: abs(loss - json.loads(text)["loss"]) for method, loss in off.items()}
+    assert off["gptq"] < 0.5 * off["int4"], off
+    code, _, err = jaxft(capsys, "quantize", tiny, "--out", tmp_path / "none", "quant.method=gptq")
+    assert code == 2 and "data.path=rows.jsonl" in err
+    code, _, err = jaxft(capsys, *words, "quant.method=gptq")
+    assert code in (1, 2) and "jaxft quantize MODEL quant.method=gptq" in err
+    assert not (tmp_path / "none").exists()

@@ -126,7 +126,7 @@ def test_a_model_in_groups_computes_as_its_dense_one():
 BAD = {
     "size": (lambda w: groups.quantize(w, 4, 48), "groups of 48 for 128 input features; expected a divisor"),
     "none": (lambda w: groups.quantize(w, 4, 0), "groups of 0"),
-    "odd": (lambda w: groups.quantize(w[:33], 4, 3), "groups of odd size"),
+    "odd": (lambda w: groups.quantize(w[:33], 4, 3), "got 33 input features; expected an even number"),
     "bits": (lambda w: groups.quantize(w, 3), "got kind 'int3'; expected one of int4, int8"),
     "large": (lambda w: groups.quantize(w.at[3, 3].set(1e6)), "beyond 65504"),
     "nan": (lambda w: groups.quantize(w.at[3, 3].set(jnp.nan)), "not finite"),
