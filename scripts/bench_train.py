@@ -27,7 +27,7 @@ from jaxft.models import families, flops, init
 from jaxft.models.decoder import KEPT, Execution
 from jaxft.objectives import OBJECTIVES, SFT
 from jaxft.rollout.score import make_score
-from jaxft.training import optim, state, step
+from jaxft.training import optim, paged, state, step
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -57,10 +57,11 @@ def arguments(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", help="of the base and of the computation")
-    parser.add_argument("--remat", choices=("none", *KEPT), default="save")
+    parser.add_argument("--remat", choices=("none", "offload", *KEPT), default="save")
     parser.add_argument("--layers", choices=("unroll", "scan"), default="unroll")
     parser.add_argument("--backend", default="auto", help="attention: auto, xla, cudnn, splash")
     parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--offload", action="store_true", help="moments in the host's memory")
     parser.add_argument("--packed", type=int, default=0, help="documents of a row (0: no segments)")
     parser.add_argument("--metrics", action="store_true", help="also accuracy and entropy, as `jaxft train` reports")
     parser.add_argument("--steps", type=int, default=10)
@@ -123,11 +124,15 @@ def build(args: argparse.Namespace):
     objective = OBJECTIVES["sft"]
     needs = objective.needs + (objective.reports if args.metrics else ())
     score = make_score(config, needs, dtype=args.dtype, execution=execution(args))
-    settings = optim.OptimConfig(name=args.optimizer, lr=1e-4)
+    settings = optim.OptimConfig(name=args.optimizer, lr=1e-4, offload=args.offload)
     optimizer = optim.make(settings, trainable, total_steps=1000)
-    train_state = state.create(trainable, optimizer, jax.random.key(2))
+    shapes = state.abstract(trainable, optimizer, jax.random.key(2))
+    places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
+    if args.offload:
+        places = places._replace(opt_state=paged.places(shapes.opt_state, places.opt_state))
+    train_state = state.create(trainable, optimizer, jax.random.key(2), shardings=places)
     batches = [batch(i, args, config.vocab_size) for i in range(4)]
-    run = step.make_step(objective, SFT(), score, optimizer)
+    run = step.make_step(objective, SFT(), score, optimizer, step.Shardings(places, None, None))
     start = time.perf_counter()
     compiled = run.lower(train_state, frozen, batches[0]).compile()
     return compiled, train_state, frozen, batches, config, names, time.perf_counter() - start

@@ -104,25 +104,23 @@ def gather(mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Callable[[tre
 
 
 def _gathered(layer: tree.Params, mesh: Mesh, rules: Mapping[str, str | None]) -> tree.Params:
+    def whole(a: jax.Array, place: NamedSharding) -> jax.Array:
+        return checkpoint_name(jax.lax.with_sharding_constraint(a, place), "gathered")
+
     def bytes_of(w: Any, axes: Axes) -> Any:
         if w.packed:
-            return jax.tree.map(
-                lambda a, place: checkpoint_name(jax.lax.with_sharding_constraint(a, place), "gathered"),
-                w,
-                _of(w, axes, mesh, rules),
-            )
+            return jax.tree.map(whole, w, _of(w, axes, mesh, rules))
         fields = {"common": axes} if isinstance(w, Many) else w.axes(axes)
-        inside = {f.name: getattr(w, f.name) for f in dataclasses.fields(w)}
-        return dataclasses.replace(
-            w,
-            **{
-                name: bytes_of(value, fields[name])
-                for name, value in inside.items()
-                if name in fields and isinstance(value, Weight)
-            },
-        )
+        inside = {name: getattr(w, name) for name in fields}
+        changed = {n: bytes_of(value, fields[n]) for n, value in inside.items() if isinstance(value, Weight)}
+        return dataclasses.replace(w, **changed)
 
     def one(path: str, w: Any) -> Any:
-        return bytes_of(w, logical(f"layers/{path}")[1:]) if isinstance(w, Weight) else w
+        packs = any(map(_is_packed, jax.tree.leaves(w, is_leaf=_is_packed)))
+        return bytes_of(w, logical(f"layers/{path}")[1:]) if packs else w
 
     return tree.map_weights(one, layer)
+
+
+def _is_packed(w: Any) -> bool:
+    return isinstance(w, Weight) and w.packed

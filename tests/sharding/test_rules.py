@@ -10,6 +10,7 @@ from jaxft import peft
 from jaxft.core import tree
 from jaxft.core.weight import Affine, InPlace
 from jaxft.models import families, init
+from jaxft.quant import QuantConfig
 from jaxft.sharding import rules
 from jaxft.training import optim, state
 from jaxft.training.config import OptimConfig
@@ -82,6 +83,25 @@ def test_the_optimizers_state_lies_like_its_parameters(name):
             assert leaf.size < LARGE, path
     copies = {"adamw": 2, "lion": 1, "muon": 1, "schedule_free": 2, "sgd": 1, "adafactor": 0}[name]
     assert kept >= (2 + copies) * tree.count(params)  # with the parameters themselves and their start
+
+
+def test_what_is_gathered_of_a_layer():
+    """The arrays of a packed weight, whatever is around it, over fsdp alone; nothing else."""
+    mesh = steps.mesh((2, 2, 2))
+    raw = {**PUBLISHED["Qwen2.5-0.5B"], "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+    made = steps.parts(raw, LORA, jnp.bfloat16, OptimConfig(), quant=QuantConfig("nf4"))
+    whole = tree.combine(made.trainable, made.frozen)
+    layer = tree.layer(jax.device_put(whole, rules.shardings(whole, mesh))["layers"], 0)
+    gather = rules.gather(mesh)
+    assert gather is not None and rules.gather(steps.mesh((2, 1, 4))) is None
+    after = jax.jit(lambda p: gather(p))(layer)
+    q, o = after["attn"]["q"].base, after["attn"]["o"]
+    assert q.base.codes.sharding.spec == q.base.absmax.sharding.spec == P(None, "tensor")
+    assert o.base.codes.sharding.spec == P("tensor")
+    named = str(jax.make_jaxpr(gather)(layer)).count("name=gathered")
+    assert named == 7 * len(jax.tree.leaves(q.base))
+    jax.tree.map(np.testing.assert_array_equal, after, layer)
 
 
 def test_a_path_without_a_rule_is_an_error():
