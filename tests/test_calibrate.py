@@ -1,0 +1,70 @@
+"""GPTQ on whole models: what it measures against transformers' own layers, and perplexity on the embedded model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import jaxft
+from jaxft import calibrate
+from jaxft.core import tree
+from jaxft.quant import IntGroups, QuantConfig
+from jaxft.quant.gptq import GPTQ
+from tests.models import tiny
+from tests.quant.test_gptq import algorithm
+
+R = np.random.default_rng(0)
+MODULES = {
+    "llama": {"attn/k": (1, "self_attn.k_proj"), "attn/o": (2, "self_attn.o_proj"), "mlp/down": (2, "mlp.down_proj")},
+    "gpt_neox": {"attn/qkv": (2, "attention.query_key_value"), "mlp/down": (1, "mlp.dense_4h_to_h")},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_matrix_sees_what_the_earlier_ones_have_become(name, tmp_path):
+    """A matrix does not change its own inputs: in the finished model, computed by transformers, they are what it was
+    measured on, so the paper's algorithm with them gives the same matrix."""
+    model = jaxft.load(tiny.save(name, tmp_path / "model"), dtype="float32")
+    tokens = R.integers(3, 97, (6, 20))
+    lengths = np.asarray([20, 20, 11, 20, 5, 20])
+    segments = (np.arange(20) < lengths[:, None]).astype(np.int32)
+    batches = [{"tokens": tokens[i : i + 3], "segments": segments[i : i + 3]} for i in (0, 3)]
+    config = QuantConfig("gptq", block_size=16)
+    params = calibrate.gptq(model, batches, config)
+    jaxft.save_hf(model, params, tmp_path / "out", dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    seen: dict[str, torch.Tensor] = {}
+    layers = theirs.gpt_neox.layers if name == "gpt_neox" else theirs.model.layers
+    for path, (i, module) in MODULES[name].items():
+        layers[i].get_submodule(module).register_forward_pre_hook(
+            lambda _, inputs, path=path: seen.__setitem__(path, inputs[0])
+        )
+    with torch.no_grad():
+        theirs(torch.tensor(tokens), attention_mask=torch.tensor(segments))
+    for path, (i, _) in MODULES[name].items():
+        x = seen[path].numpy()[segments > 0].astype(np.float64)
+        bare = lambda w: getattr(w, "base", w)  # noqa: E731
+        original, made = (np.asarray(_dense(bare(tree.get(p["layers"], path))[i])) for p in (model.params, params))
+        want = algorithm(original.astype(np.float64), x.T @ x, GPTQ(), 16, True)
+        assert (np.abs(made - want) < 1e-4 * np.abs(want).max()).mean() > 0.97, path
+
+
+def _dense(w) -> jax.Array:
+    return w.dense() if isinstance(w, IntGroups) else w
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path):
+    model = jaxft.load(tiny.save("llama", tmp_path / "model"), dtype="float32")
+    for batches, config, message in (
+        ([], QuantConfig("gptq", block_size=16), "no position that counts"),
+        (
+            [{"tokens": jnp.ones((1, 8), int)}],
+            QuantConfig("gptq", block_size=32),
+            r"layers.0.mlp.down_proj.*groups of 32",
+        ),
+        ([{"tokens": jnp.ones((1, 8), int)}], QuantConfig("gptq", skip="."), "leaves nothing to quantise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate.gptq(model, batches, config)
