@@ -46,17 +46,17 @@ def one_by_one(clip: optax.GradientTransformation, part: Callable[[tree.Params],
     def update(grads: tree.Params, state: Any, params: tree.Params, step: jax.Array, fine: Any = True):
         grads = clip.update(grads, clip.init(params), params)[0]
         updates, before, after = dict[str, jax.Array](), dict(tree.arrays(state)), dict[str, jax.Array]()
-        gone: list[list[jax.Array]] = []  # what each has put back
+        gone: list[dict[str, jax.Array]] = [{}] * AHEAD  # what each has put back
         for name, _ in tree.arrays(params):
-            own, gradient = _only(params, name), _only(grads, name)
+            own = _only(params, name)
             optimizer = part(own)
             held = _filled(jax.eval_shape(optimizer.init, own), before)
-            here = _fetched(held, [gradient, gone[-AHEAD] if len(gone) >= AHEAD else []])
+            here, gradient, before_last = _fetched(held, _only(grads, name), gone[-AHEAD])
             changed, moved = optimizer.update(gradient, here, own, step, fine)
-            moved = jax.tree.map(_back, moved, held)
-            gone.append([a for a in jax.tree.leaves(moved) if _on_host(a)])
+            put = dict(tree.arrays(jax.tree.map(_back, moved, held)))
+            gone.append({path: a for path, a in put.items() if _on_host(a)})
             updates |= dict(tree.arrays(changed))
-            after |= dict(tree.arrays(moved))
+            after |= put | before_last
         return _filled(params, updates), _filled(state, after)
 
     return update
@@ -70,12 +70,15 @@ def _back(a: jax.Array, was: jax.Array) -> jax.Array:
     return jax.device_put(a, jax.memory.Space.Host) if _on_host(was) else a
 
 
-def _fetched(held: Any, waits: Any) -> Any:
-    """A state on the device, copied no earlier than what it waits for is there."""
+def _fetched(held: Any, gradient: Any, gone: dict[str, jax.Array]) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """A state on the device, copied there no earlier than its gradient is known and ``gone`` are away.
+
+    These go through the barrier and are used after it: what is not used the compiler takes out of it."""
     leaves, treedef = jax.tree.flatten(held)
-    away, _ = jax.lax.optimization_barrier(([a for a in leaves if _on_host(a)], waits))
+    away = [a for a in leaves if _on_host(a)]
+    away, gradient, gone = jax.lax.optimization_barrier((away, gradient, gone))
     here = iter(jax.device_put(away, jax.memory.Space.Device))
-    return treedef.unflatten([next(here) if _on_host(a) else a for a in leaves])
+    return treedef.unflatten([next(here) if _on_host(a) else a for a in leaves]), gradient, gone
 
 
 def _only(arrays: tree.Params, name: str) -> tree.Params:
