@@ -1,8 +1,9 @@
 """Paged optimiser state: moments that stay in the host's pinned memory and visit the device inside the step.
 
 Dettmers et al. 2023, section 3, https://arxiv.org/abs/2305.14314, let a fault move a page. Here each array is updated
-by itself, after the backward pass: its moments come in beside the update of the array before, and go out again, so that
-those of two arrays at most are on the device. The numbers are those of a run without it.
+by itself, and used only once its gradient is known and the moments of an earlier array are away again, so that those of
+a few arrays are on the device at once (the compiler may copy a little ahead, beside the computation). The numbers are
+those of a run without it.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jaxft.core import tree
 
 HOST = "pinned_host"
 SMALLEST = 4096  # elements: a copy of fewer gains nothing
-AHEAD = 2  # arrays whose moments are on the device at once
+AHEAD = 2  # arrays between two of which the one waits for the other
 
 
 def check(device: Any, setting: str) -> None:
@@ -71,7 +72,7 @@ def _back(a: jax.Array, was: jax.Array) -> jax.Array:
 
 
 def _fetched(held: Any, gradient: Any, gone: dict[str, jax.Array]) -> tuple[Any, Any, dict[str, jax.Array]]:
-    """A state on the device, copied there no earlier than its gradient is known and ``gone`` are away.
+    """A state on the device, used there no earlier than its gradient is known and ``gone`` are away.
 
     These go through the barrier and are used after it: what is not used the compiler takes out of it."""
     leaves, treedef = jax.tree.flatten(held)
