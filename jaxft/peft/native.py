@@ -51,7 +51,12 @@ def export(where: object, params: tree.Params, trained: set[str], methods: Seque
         remedy = "Save weights trained whole with jaxft.save_hf(model, jaxft.merge(params), directory)."
         raise AdapterError(where, "parameters without an adapter", "an adapter", remedy)
     config = {"peft_type": PEFT_TYPE, "format": VERSION, "methods": [_method(m) for m in methods], "leaves": leaves}
-    return config, {f"/{path}": disk.host(array) for path, array in tensors.items()}
+    return config, {f"/{path}": _storable(disk.host(array)) for path, array in tensors.items()}
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """The array; floats of eight bits, which numpy's own safetensors cannot read, as their bytes."""
+    return array.view(np.uint8) if array.dtype.itemsize == 1 and jnp.issubdtype(array.dtype, jnp.floating) else array
 
 
 def describe(
@@ -238,7 +243,9 @@ class _Reader:
         return base if text is None else self._take(path, text)
 
     def _take(self, path: str, text: str) -> jax.Array:
-        array = self.tensors.pop(f"/{path}", None)
+        array, kind = self.tensors.pop(f"/{path}", None), text.partition("[")[0]
+        if array is not None and kind.startswith("float8") and array.dtype == np.uint8:
+            array = array.view(jnp.dtype(kind))
         if array is None or _array(array) != text:
             got = f"no tensor {path}" if array is None else f"{path} as {_array(array)}"
             raise AdapterError(self.where, got, text, "It was not saved whole, or changed since.")

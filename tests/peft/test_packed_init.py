@@ -1,5 +1,7 @@
 """LoftQ and QPiSSA on weights in few bits, against bitsandbytes' quantiser and torch's decomposition by turns."""
 
+from types import SimpleNamespace
+
 import bitsandbytes.functional as bnb
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ import torch
 import jaxft
 from jaxft.core import tree
 from jaxft.core.names import Name
-from jaxft.peft import LoftQ, LoRA, LoRAWeight, sites
-from jaxft.quant import FourBit, QuantConfig, eight_bit, four_bit
+from jaxft.peft import LoftQ, LoRA, LoRAWeight, sites, store
+from jaxft.quant import FourBit, QuantConfig, eight_bit, four_bit, pack
 from tests.peft import pairs
 
 L, D, F, RANK = 2, 128, 96, 8
@@ -136,6 +138,24 @@ def test_a_model_reads_its_weights_again(tmp_path):
         again = jaxft.load_adapter(model, directory)
         tokens = np.arange(2, 12)[None]
         np.testing.assert_allclose(model.logprobs(again, tokens), model.logprobs(params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_an_eight_bit_base_made_anew_is_kept_in_the_adapter(kind, tmp_path):
+    """The very codes, so that what is loaded computes the same bits."""
+    params = pack(pairs.ours("llama").params, pairs.ours("llama").names, QuantConfig(kind))
+    original = lambda name, index: tree.get(pairs.ours("llama").params, name.path)[index]  # noqa: E731
+    model = SimpleNamespace(**(vars(pairs.model("llama")) | {"params": params, "originals": original}))
+    method = LoRA(rank=4, targets=("q_proj",), init="qpissa", pissa_iterations=2)
+    made = jaxft.peft.adapt(model, jax.random.key(0), method)
+    names, layers = model.names, pairs.ours("llama").config.num_layers
+    folder = store.save(made, names, layers, tmp_path / "adapter", methods=[method], base=params)
+    again = store.load(params, names, layers, folder)
+    q, before = again["layers"]["attn"]["q"].base, made["layers"]["attn"]["q"].base
+    assert q.codes.dtype == before.codes.dtype
+    np.testing.assert_array_equal(q.codes.astype(jnp.float32), before.codes.astype(jnp.float32))
+    np.testing.assert_array_equal(pairs.logits("llama", again), pairs.logits("llama", made))
+    assert not np.array_equal(pairs.logits("llama", again), pairs.logits("llama", params))
 
 
 def test_refusals():
