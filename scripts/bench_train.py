@@ -15,13 +15,14 @@ import json
 import os
 import statistics
 import time
+from typing import get_args
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
 import jax
 import jax.numpy as jnp
 
-from jaxft import peft
+from jaxft import peft, quant
 from jaxft.core import tree
 from jaxft.models import families, flops, init
 from jaxft.models.decoder import KEPT, Execution
@@ -56,6 +57,8 @@ def arguments(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--quant", choices=get_args(quant.config.Method), default="none", help="how the base is stored")
+    parser.add_argument("--compute", default="exact", help="what a four-bit base is multiplied in: exact, int8, fp8")
     parser.add_argument("--dtype", default="bfloat16", help="of the base and of the computation")
     parser.add_argument("--remat", choices=("none", "offload", *KEPT), default="save")
     parser.add_argument("--layers", choices=("unroll", "scan"), default="unroll")
@@ -95,7 +98,8 @@ def base(args: argparse.Namespace):
     raw = {"model_type": "llama", "rope_theta": 500000.0, "rms_norm_eps": 1e-5, **SHAPES[args.shape]}
     config, names = families.read(raw)
     key = jax.random.key(0, impl="rbg" if jax.default_backend() == "gpu" else None)
-    return config, Model(init.random(config, names, key, args.dtype), names)
+    packed = quant.chosen(quant.QuantConfig(args.quant, compute=args.compute))
+    return config, Model(init.random(config, names, key, args.dtype, pack=packed and packed.packer), names)
 
 
 def execution(args: argparse.Namespace) -> Execution:
@@ -107,6 +111,11 @@ def peak_gib(compiled) -> float:
     memory = compiled.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     return round((used - memory.alias_size_in_bytes) / 2**30, 3)
+
+
+def in_use(which: str) -> float:
+    """GiB of the device's memory, as its allocator counts."""
+    return round((jax.local_devices()[0].memory_stats() or {}).get(which, 0) / 2**30, 2)
 
 
 def build(args: argparse.Namespace):
@@ -200,7 +209,7 @@ def main() -> None:
         "matmul_tflops": round(ceiling / 1e12, 1),
         "share_of_matmul": round(work / median / ceiling, 4),
         "peak_gib": peak_gib(compiled),
-        "in_use_peak_gib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30, 2),
+        "in_use_peak_gib": in_use("peak_bytes_in_use"),
         "compile_s": round(seconds, 1),
         "trainable": tree.count(train_state.trainable),
         "first_loss": round(losses[0], 4),

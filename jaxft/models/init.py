@@ -1,6 +1,7 @@
 """Shapes of every weight, and random weights: for training from nothing and for benchmarks."""
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ def shapes(config: ModelConfig, names: Names) -> dict[str, tuple[int, ...]]:
     return {row.path: (config.num_layers, *single[row.path]) if row.stacked else single[row.path] for row in names}
 
 
+LARGE, PARTS = 2**24, 16
 Pack = Callable[[jax.Array], Any]
 
 
@@ -63,9 +65,14 @@ def random(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float, pack: Pack | None) -> Any:
-    """Layer by layer, so that the float32 draw never exists for the whole stack."""
+    """Layer by layer, a large matrix part by part, so that the float32 draw never exists for the whole."""
     if len(shape) < 3:
-        drawn = (deviation * jax.random.normal(key, shape)).astype(dtype)
+        parts = PARTS if math.prod(shape) >= LARGE and shape[0] % PARTS == 0 else 1
+
+        def part(key: jax.Array) -> jax.Array:
+            return (deviation * jax.random.normal(key, (shape[0] // parts, *shape[1:]))).astype(dtype)
+
+        drawn = part(key) if parts == 1 else jax.lax.map(part, jax.random.split(key, parts)).reshape(shape)
         return drawn if pack is None else pack(drawn)
     return jax.lax.map(lambda k: _normal(k, shape[1:], dtype, deviation, pack), jax.random.split(key, shape[0]))
 

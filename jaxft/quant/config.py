@@ -34,6 +34,9 @@ class QuantConfig:
     """Settings of gptq."""
     double_quant: bool = True
     """Whether the scales of nf4 and fp4 are quantised as well (0.13 instead of 0.5 bits a parameter)."""
+    compute: Literal["exact", "int8", "fp8"] = "exact"
+    """What nf4 and fp4 are multiplied in. exact: the dtype of the activations. int8 or fp8: eight bits, about a third
+    faster where a GPU or TPU has them, at a relative error of .01 or .04 of each product."""
     equalise: bool = True
     """In int8 and fp8: whether the weights of an input feature that are far smaller than the others' are made as large
     before they are rounded, and the activations smaller: these are the outliers that many models have."""
@@ -70,7 +73,7 @@ class QuantConfig:
             return eight_bit.quantize(w, self.method, equalise=self.equalise)
         if self.method in GROUPED:
             return groups.quantize(w, GROUPED[self.method], self.block_size, self.symmetric)
-        return four_bit.quantize(w, self.method, self.block_size, self.double_quant)
+        return four_bit.quantize(w, self.method, self.block_size, self.double_quant, self.compute)
 
 
 def chosen(quantize: "str | QuantConfig | None") -> QuantConfig | None:

@@ -62,7 +62,11 @@ class EightBit(Weight):
         if self.exact:
             return packed_.multiply(self, x)
         x = x if self.rows is None else x * self.rows.astype(x.dtype)
-        return _product(x, self.codes, self.scale)
+        return product(x, self)
+
+    def eight_bits(self, forward: bool) -> tuple[jax.Array, int, jax.Array]:
+        """The codes, the axis of them over which ``x`` is summed forwards, the output's gradient backwards, and scale."""
+        return self.codes, 0 if forward else 1, self.scale
 
     def repacked(self, w: Any) -> "EightBit":
         """Another floating array stored as this one is."""
@@ -111,25 +115,30 @@ def _scaled(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _multiply(x: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
-    """float32: ``x`` [..., n] in eight bits times ``codes``, contracted over their ``axis``; scaled back by row."""
+    """float32: ``x`` [..., n] in eight bits times ``codes``, contracted over their ``axis``; scaled back by row.
+
+    The sums of int8 are exact in int32; those of fp8 leave the product in the dtype of ``x``, whose rounding is less than
+    that of the codes, and which is half as much to write."""
     rows, scale = _scaled(x, -1, codes.dtype)
-    out = jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
+    out = jnp.int32 if codes.dtype == jnp.int8 else x.dtype
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(rows, codes, contract, preferred_element_type=out).astype(jnp.float32) * scale
 
 
 @jax.custom_vjp
-def _product(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-    return (_multiply(x, codes, 0) * scale).astype(x.dtype)
+def product(x: jax.Array, w: Any) -> jax.Array:
+    """``x @ w`` in eight bits, [..., in] -> [..., out], for a weight [in, out] with the method ``eight_bits``."""
+    codes, axis, scale = w.eight_bits(True)
+    return (_multiply(x, codes, axis) * scale).astype(x.dtype)
 
 
-def _forward(x: jax.Array, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, codes, scale), (codes, scale)
+def _forward(x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
+    return product(x, w), w
 
 
-def _backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None, None]:
-    codes, scale = kept
-    return _multiply(g * scale.astype(g.dtype), codes, 1).astype(g.dtype), None, None
+def _backward(w: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    codes, axis, scale = w.eight_bits(False)
+    return _multiply(g * scale.astype(g.dtype), codes, axis).astype(g.dtype), None
 
 
-_product.defvjp(_forward, _backward)
+product.defvjp(_forward, _backward)

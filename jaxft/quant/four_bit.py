@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.core.weight import Weight, static, weight
-from jaxft.quant import blockwise
+from jaxft.quant import blockwise, eight_bit, kernels
 from jaxft.quant import packed as packed_
 from jaxft.quant.codebooks import four_bit
 from jaxft.quant.dtypes import DTYPES, PackedDType
@@ -28,7 +28,9 @@ class FourBit(Weight):
     holding its elements j (high bits) and j + block/2.
 
     absmax: float32[*stack, in/block, out], or with double quantisation uint8, scaled by nested: float32[*stack, n/256]
-    (n blocks of a matrix, in the order of ``[out, in/block]``) and moved by offset: float32[*stack]."""
+    (n blocks of a matrix, in the order of ``[out, in/block]``) and moved by offset: float32[*stack].
+
+    ``compute``: exact, the product with `dense`; int8 or fp8, one in eight bits, as `EightBit` multiplies."""
 
     codes: jax.Array
     absmax: jax.Array
@@ -37,6 +39,7 @@ class FourBit(Weight):
     kind: str = static(default="nf4")
     block: int = static(default=64)
     made_from: str = static(default="bfloat16")
+    compute: str = static(default="exact")
     adapter: ClassVar[bool] = False
     packed: ClassVar[bool] = True
     dense_dtype = property(packed_.dense_dtype)
@@ -61,17 +64,35 @@ class FourBit(Weight):
         return jnp.swapaxes(made.reshape(flat.shape), -1, -2)
 
     def dense(self) -> jax.Array:
+        return kernels.dense(self) if kernels.fits(self) else self.remade()
+
+    def remade(self) -> jax.Array:
+        """`dense`, by XLA."""
+        return packed_.rounded(self.numbers(), self.dense_dtype)
+
+    def numbers(self) -> jax.Array:
+        """float32[*stack, in, out]: what the codes and scales stand for."""
         half = self.block // 2
         *stack, packed, out = self.codes.shape
         codes = self.codes.reshape(*stack, packed // half, half, out)
         values = blockwise.look_up(jnp.concatenate([codes >> 4, codes & 15], axis=-2), four_bit(self.kind).values)
-        return packed_.rounded((values * self.scales()[..., :, None, :]).reshape(self.shape), self.dense_dtype)
+        return (values * self.scales()[..., :, None, :]).reshape(self.shape)
 
-    __rmatmul__ = packed_.multiply
+    def __rmatmul__(self, x):
+        if self.compute != "exact":
+            return eight_bit.product(x, self)
+        return kernels.product(x, self) if kernels.few(x, self) else packed_.multiply(self, x)
+
+    def eight_bits(self, forward: bool) -> tuple[jax.Array, int, jax.Array]:
+        """Its numbers in int8 or fp8, the axis of them over which ``x`` is summed forwards, the output's gradient
+        backwards, and their scale float32[out]."""
+        largest = jnp.max(jnp.abs(self.scales()), axis=-2)  # every block has a number as large as its scale
+        scale = jnp.where(largest > 0, largest / eight_bit.LARGEST[self.compute], 1.0)
+        return kernels.eight_bits(self, scale, eight_bit.CODES[self.compute], forward), 1, scale
 
     def repacked(self, w: Any) -> "FourBit":
         """Another floating array stored as this one is."""
-        made = quantize(w, self.kind, self.block, self.nested is not None)
+        made = quantize(w, self.kind, self.block, self.nested is not None, self.compute)
         return dataclasses.replace(made, made_from=self.made_from)
 
     def take(self, ids):
@@ -94,7 +115,9 @@ class FourBit(Weight):
         )
 
 
-def quantize(w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool = True) -> FourBit:
+def quantize(
+    w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool = True, compute: str = "exact"
+) -> FourBit:
     """The four-bit form of ``w``, a floating array [*stack, in, out].
 
     Raises ValueError for an array without a matrix, a block size that does not divide ``in`` or is not one of
@@ -109,7 +132,8 @@ def quantize(w: Any, kind: str = "nf4", block_size: int = 64, double_quant: bool
             f"quantize: got block_size {block_size} for {list(w.shape)}; expected a divisor of its "
             f"{w.shape[-2]} input features. {remedy}"
         )
-    return _made(w, kind, block_size, double_quant)
+    made = _made(w, kind, block_size, double_quant)
+    return made if compute == "exact" else dataclasses.replace(made, compute=compute)
 
 
 def _pack(index: jax.Array) -> jax.Array:

@@ -1,0 +1,209 @@
+"""Kernels for four-bit matrices on NVIDIA GPUs, in Pallas: made dense at the speed of memory, and multiplied packed.
+
+Unusual: a tile of bytes is two tiles of numbers, so many rows apart as half a block has, and nothing is interleaved.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxft.quant import blockwise, ptx
+from jaxft.quant.codebooks import dynamic, four_bit
+
+ROWS = 32
+"""Rows of bytes in a tile: those of half a block of 64."""
+
+
+def dense(w: Any, columns: int = 128, warps: int = 4, interpret: bool = False) -> jax.Array:
+    """The matrix [in, out] of a four-bit weight in the dtype it was made from, equal to `FourBit.dense`."""
+    kernel = functools.partial(_dense, w.kind, w.block // 2, interpret)
+    return _tiles(kernel, w, w.dense_dtype, (2 * w.codes.shape[0], w.codes.shape[1]), columns, warps, interpret)
+
+
+def eight_bits(
+    w: Any, over: jax.Array, dtype: Any, transposed: bool, columns: int = 128, warps: int = 4, interpret: bool = False
+) -> jax.Array:
+    """The numbers of a four-bit weight, those of column j divided by ``over`` float32[out], in int8 or fp8: [in, out],
+    or [out, in]."""
+    shape = (2 * w.codes.shape[0], w.codes.shape[1])
+    kernel = functools.partial(_eight, w.kind, w.block // 2, transposed, columns, interpret)
+    return _tiles(kernel, w, dtype, shape[::-1] if transposed else shape, columns, warps, interpret, over)
+
+
+def _tiles(kernel: Any, w: Any, dtype: Any, shape: tuple[int, ...], columns: int, warps: int, interpret: bool, *more):
+    bytes_, out = w.codes.shape
+    return pl.pallas_call(
+        kernel,
+        grid=(bytes_ // ROWS, out // columns),
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=warps),
+        interpret=interpret,
+        name="dense_four_bit",
+    )(*more, *_arrays(w))
+
+
+def _dense(kind, half, interpret, codes, absmax, *rest):
+    *nested, out = rest
+    columns = out.shape[1] // pl.num_programs(1)
+    at, block = pl.program_id(0) * ROWS, jax.lax.div(pl.program_id(0) * ROWS, half)
+    start = at + block * half
+    over = pl.ds(pl.program_id(1) * columns, columns)
+    scale = _scale(block, over, absmax, *nested)
+    byte = codes[pl.ds(at, ROWS), over]
+    for first, high in ((start, True), (start + half, False)):
+        out[pl.ds(first, ROWS), over] = (_numbers(kind, byte, high, interpret) * scale[None]).astype(out.dtype)
+
+
+def _eight(kind, half, transposed, columns, interpret, over, codes, absmax, *rest):
+    *nested, out = rest
+    at, block = pl.program_id(0) * ROWS, jax.lax.div(pl.program_id(0) * ROWS, half)
+    start = at + block * half
+    across = pl.ds(pl.program_id(1) * columns, columns)
+    scale = _scale(block, across, absmax, *nested) / over[across]
+    byte = codes[pl.ds(at, ROWS), across]
+    for first, high in ((start, True), (start + half, False)):
+        tile = _numbers(kind, byte, high, interpret) * scale[None]
+        if out.dtype == jnp.int8:
+            tile = (tile + 1.5 * 2**23) - 1.5 * 2**23  # to the nearest whole number, half to even
+        tile = tile.astype(out.dtype)
+        if transposed:
+            out[across, pl.ds(first, ROWS)] = tile.T
+        else:
+            out[pl.ds(first, ROWS), across] = tile
+
+
+def product(
+    x: jax.Array, w: Any, columns: int = 128, splits: int = 8, warps: int = 4, dot: bool = False, ahead: bool = True,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """``x @ w`` for few rows: bfloat16[rows, in] -> float32[rows, out], the codebook rounded to bfloat16."""
+    rows = x.shape[0]
+    out, size = w.codes.shape[1], w.block // 2
+    if dot:
+        x = jnp.pad(x, ((0, max(16, pl.next_power_of_2(rows)) - rows), (0, 0)))
+    kernel = functools.partial(_dot if dot else _sums, w.kind, size, ahead, interpret)
+    parts = pl.pallas_call(
+        kernel,
+        grid=(out // columns, splits),
+        out_shape=jax.ShapeDtypeStruct((splits, x.shape[0], out), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=warps),
+        interpret=interpret,
+        name="product_four_bit",
+    )(x, *_arrays(w))
+    return jnp.sum(parts, axis=0)[:rows]
+
+
+def _sums(kind, half, ahead, interpret, x, codes, absmax, *rest):
+    """Each thread sums its own rows of the matrix; they meet once, at the end."""
+    *nested, out = rest
+    columns = out.shape[2] // pl.num_programs(0)
+    over = pl.ds(pl.program_id(0) * columns, columns)
+    count = codes.shape[0] // ROWS // pl.num_programs(1)
+    begin = pl.program_id(1) * count
+
+    def load(turn):
+        at = (begin + turn) * ROWS
+        return codes[pl.ds(at, ROWS), over], _scale(jax.lax.div(at, half), over, absmax, *nested)
+
+    def add(turn, sums, byte, scale):
+        at = (begin + turn) * ROWS
+        start = at + jax.lax.div(at, half) * half
+        low, high = _halves(kind, byte, interpret)
+        made = []
+        for i, total in enumerate(sums):
+            first, second = (x[pl.ds(i, 1), pl.ds(s, ROWS)][0].astype(jnp.float32) for s in (start, start + half))
+            made.append(total + (first[:, None] * high + second[:, None] * low) * scale[None])
+        return tuple(made)
+
+    def turn(t, carry):
+        sums, *now = carry
+        coming = load(jnp.minimum(t + 1, count - 1)) if ahead else ()
+        return (add(t, sums, *(now or load(t))), *coming)
+
+    sums = tuple(jnp.zeros((ROWS, columns), jnp.float32) for _ in range(x.shape[0]))
+    sums = jax.lax.fori_loop(0, count, turn, (sums, *(load(0) if ahead else ())))[0]
+    for i, total in enumerate(sums):
+        out[pl.ds(pl.program_id(1), 1), pl.ds(i, 1), over] = jnp.sum(total, axis=0)[None, None]
+
+
+def _dot(kind, half, ahead, interpret, x, codes, absmax, *rest):
+    """The matrix units, a block of codes at a time, scaled after the product."""
+    *nested, out = rest
+    columns = out.shape[2] // pl.num_programs(0)
+    over = pl.ds(pl.program_id(0) * columns, columns)
+    count = codes.shape[0] // ROWS // pl.num_programs(1)
+    begin = pl.program_id(1) * count
+
+    def load(turn):
+        at = (begin + turn) * ROWS
+        return codes[pl.ds(at, ROWS), over], _scale(jax.lax.div(at, half), over, absmax, *nested)
+
+    def turn(t, carry):
+        total, *now = carry
+        coming = load(jnp.minimum(t + 1, count - 1)) if ahead else ()
+        byte, scale = now or load(t)
+        at = (begin + t) * ROWS
+        start = at + jax.lax.div(at, half) * half
+        low, high = (a.astype(jnp.bfloat16) for a in _halves(kind, byte, interpret))
+        made = jnp.dot(x[:, pl.ds(start, ROWS)], high, preferred_element_type=jnp.float32)
+        made += jnp.dot(x[:, pl.ds(start + half, ROWS)], low, preferred_element_type=jnp.float32)
+        return (total + made * scale[None], *coming)
+
+    begun = (jnp.zeros((x.shape[0], columns), jnp.float32), *(load(0) if ahead else ()))
+    out[pl.ds(pl.program_id(1), 1), :, over] = jax.lax.fori_loop(0, count, turn, begun)[0][None]
+
+
+def _arrays(w: Any) -> list[jax.Array]:
+    if w.nested is None:
+        return [w.codes, w.absmax]
+    return [w.codes, w.absmax, w.nested, w.offset[None], jnp.asarray(dynamic().values)]
+
+
+def _scale(block, over, absmax, nested=None, offset=None, table=None):
+    """float32[columns]: the scales of one block of rows."""
+    held = absmax[pl.ds(block, 1), over][0]
+    if nested is None:
+        return held
+    at = over.start + jnp.arange(over.size, dtype=jnp.int32)
+    of = plgpu.load(nested.at[jax.lax.div(at * absmax.shape[0] + block, blockwise.NESTED)])
+    return plgpu.load(table.at[held.astype(jnp.int32)]) * of + offset[...]
+
+
+def _numbers(kind: str, byte: jax.Array, high: bool, interpret: bool) -> jax.Array:
+    """float32 of the high, or the low, four bits of each byte."""
+    values = four_bit(kind).values
+    if interpret:
+        return _looked_up(byte >> 4 if high else byte & 15, values)
+    text = ptx.float32(tuple(map(float, values)), high)
+    like = jax.ShapeDtypeStruct(byte.shape, jnp.float32)
+    return plgpu.elementwise_inline_asm(
+        text, args=[byte], constraints=ptx.CONSTRAINTS, pack=4, result_shape_dtypes=[like]
+    )[0]
+
+
+def _halves(kind: str, byte: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """float32 of the low and of the high four bits of each byte, rounded to bfloat16."""
+    values = four_bit(kind).values
+    if interpret:
+        rounded = [_looked_up(i, values).astype(jnp.bfloat16).astype(jnp.float32) for i in (byte & 15, byte >> 4)]
+        return rounded[0], rounded[1]
+    text = ptx.bfloat16_pairs(tuple(map(float, values)))
+    like = jax.ShapeDtypeStruct(byte.shape, jnp.uint32)
+    word = plgpu.elementwise_inline_asm(
+        text, args=[byte], constraints=ptx.CONSTRAINTS, pack=4, result_shape_dtypes=[like]
+    )[0]
+    low, high = word << 16, word & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(low, jnp.float32), jax.lax.bitcast_convert_type(high, jnp.float32)
+
+
+def _looked_up(index: jax.Array, values: Any) -> jax.Array:
+    """By selects of scalars, as kernels cannot hold a table."""
+    level = [jnp.float32(float(v)) for v in values]
+    for bit in (1, 2, 4, 8):
+        odd = (index & bit) != 0
+        level = [jnp.where(odd, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
+    return level[0]
