@@ -125,10 +125,10 @@ def build(args: argparse.Namespace):
     method = peft.LoRA(rank=args.rank, alpha=2 * args.rank) if args.method == "lora" else peft.Full()
     params = peft.adapt(model, jax.random.key(1), method)
     trainable, frozen = tree.partition(params, tree.trainable_mask(params, peft.method_of(method).select(method)))
+    del params, model
     if args.method == "lora":  # a step with B = 0 would have zero gradients in A
         trainable = jax.tree.map(lambda a: a + 0.01, trainable)
         if args.layers == "unroll":
-            del params, model
             frozen = tree.split_layers(frozen)
     objective = OBJECTIVES["sft"]
     needs = objective.needs + (objective.reports if args.metrics else ())

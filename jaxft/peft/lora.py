@@ -246,10 +246,14 @@ class LoRAWeight(Weight):
         return self.b
 
     def _low_rank(self, x: jax.Array, a: jax.Array, b: jax.Array, dot: Dot, each: Each) -> jax.Array:
-        """``scale * (x @ a) @ b`` in the dtype of x; the scale is applied at rank width, where it is cheap."""
+        """``scale * (x @ a) @ b`` in the dtype of x."""
+        return dot(self._narrow(x, a, dot, each), b.astype(x.dtype))
+
+    def _narrow(self, x: jax.Array, a: jax.Array, dot: Dot, each: Each) -> jax.Array:
+        """``scale * (x @ a)``: the scale is applied at rank width, where it is cheap."""
         # Named so that rematerialisation can keep it: at rank width it costs little.
         z = checkpoint_name(dot(x, a.astype(x.dtype)), "adapter")
-        return dot(z * each(self.scale[..., None]).astype(x.dtype), b.astype(x.dtype))
+        return z * each(self.scale[..., None]).astype(x.dtype)
 
     def _frozen(self, x: jax.Array, dot: Dot, each: Each) -> jax.Array:
         """``x`` times the base, less what was taken out of it."""
@@ -265,6 +269,9 @@ class LoRAWeight(Weight):
 
     def _apply(self, x: jax.Array, dot: Dot, each: Each) -> jax.Array:
         """The map in terms of ``dot(x, w)``, a product with a matrix, and ``each(v)``, a vector for every row of x."""
+        if dot is operator.matmul and self.a0 is None and self.bias is None and getattr(self.base, "packed", False):
+            z = self._narrow(self._dropped(x), self.a, dot, each)
+            return self.base.plus(x, z, self._b.astype(x.dtype))
         return self._frozen(x, dot, each) + self._delta(self._dropped(x), dot, each)
 
     def _dropped(self, x: jax.Array) -> jax.Array:

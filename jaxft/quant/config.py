@@ -70,7 +70,7 @@ class QuantConfig:
     def pack(self, w: Any) -> Weight:
         """The few bits of a floating array [*stack, in, out]. Raises ValueError if it does not fit."""
         if self.method in eight_bit.CODES:
-            return eight_bit.quantize(w, self.method, equalise=self.equalise)
+            return eight_bit.quantize(w, self.method, equalise=self.equalise and self.method == "int8")
         if self.method in GROUPED:
             return groups.quantize(w, GROUPED[self.method], self.block_size, self.symmetric)
         return four_bit.quantize(w, self.method, self.block_size, self.double_quant, self.compute)

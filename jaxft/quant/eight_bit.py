@@ -14,17 +14,28 @@ is made as large, and x smaller: SmoothQuant's migration (Xiao et al. 2022, http
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.core.weight import Weight, static, weight
+from jaxft.quant import kernels
 from jaxft.quant import packed as packed_
 from jaxft.quant.dtypes import DTYPES, PackedDType
 
 CODES: dict[str, Any] = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
-LARGEST = {"int8": 127.0, "fp8": 448.0}
+LARGEST = {kind: kernels.LARGEST[dtype.name] for kind, dtype in CODES.items()}
+
+
+class Parts(NamedTuple):
+    """Of a product ``x @ w`` in eight bits: the codes and the axis of them that meets the features of ``x``, and the
+    float32 vectors, or None, by which the features are multiplied before and after."""
+
+    codes: jax.Array
+    axis: int
+    before: Any
+    after: Any
 
 
 @weight
@@ -61,12 +72,14 @@ class EightBit(Weight):
     def __rmatmul__(self, x):
         if self.exact:
             return packed_.multiply(self, x)
-        x = x if self.rows is None else x * self.rows.astype(x.dtype)
         return product(x, self)
 
-    def eight_bits(self, forward: bool) -> tuple[jax.Array, int, jax.Array]:
-        """The codes, the axis of them over which ``x`` is summed forwards, the output's gradient backwards, and scale."""
-        return self.codes, 0 if forward else 1, self.scale
+    def plus(self, x, u, v):
+        return super().plus(x, u, v) if self.exact else product(x, self, (u, v))
+
+    def eight_bits(self, forward: bool) -> Parts:
+        """What `product` multiplies by, forwards or (for the gradient) backwards."""
+        return Parts(self.codes, 0, self.rows, self.scale) if forward else Parts(self.codes, 1, self.scale, self.rows)
 
     def repacked(self, w: Any) -> "EightBit":
         """Another floating array stored as this one is."""
@@ -93,7 +106,7 @@ def quantize(w: Any, kind: str = "int8", exact: bool = False, equalise: bool = F
     if equalise:
         rows = _smaller(x)
         x = x / rows[..., None]
-    codes, scale = _scaled(x, -2, CODES[kind])
+    codes, scale = kernels.scaled(x, -2, CODES[kind])
     return EightBit(codes, scale[..., 0, :], kind, exact, jnp.dtype(w.dtype).name, rows)
 
 
@@ -105,40 +118,43 @@ def _smaller(x: jax.Array) -> jax.Array:
     return jnp.where(power <= -2, jnp.exp2(power), 1.0)
 
 
-def _scaled(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """(codes, scales) such that codes times scales is near x; one scale along ``axis``."""
-    most = LARGEST["int8" if dtype == jnp.int8 else "fp8"]
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
-    scale = jnp.where(largest > 0, largest / most, 1.0)
-    codes = jnp.clip(x.astype(jnp.float32) / scale, -most, most)
-    return (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype), scale
+def _multiply(x: jax.Array, by: Parts) -> tuple[jax.Array, jax.Array]:
+    """The product of the codes of ``x`` [..., n] with those of the weight, and what scales its rows: float32[..., 1].
+
+    The sums of int8 are exact in int32; those of fp8 leave the product in the dtype of ``x``, whose rounding is less
+    than that of the codes, and which is half as much to write."""
+    rows, scale = kernels.rounded(x, by.before, by.codes.dtype)
+    out = jnp.int32 if by.codes.dtype == jnp.int8 else x.dtype
+    contract = (((x.ndim - 1,), (by.axis,)), ((), ()))
+    return jax.lax.dot_general(rows, by.codes, contract, preferred_element_type=out), scale
 
 
-def _multiply(x: jax.Array, codes: jax.Array, axis: int) -> jax.Array:
-    """float32: ``x`` [..., n] in eight bits times ``codes``, contracted over their ``axis``; scaled back by row.
-
-    The sums of int8 are exact in int32; those of fp8 leave the product in the dtype of ``x``, whose rounding is less than
-    that of the codes, and which is half as much to write."""
-    rows, scale = _scaled(x, -1, codes.dtype)
-    out = jnp.int32 if codes.dtype == jnp.int8 else x.dtype
-    contract = (((x.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(rows, codes, contract, preferred_element_type=out).astype(jnp.float32) * scale
+Low = tuple[jax.Array, jax.Array] | None
 
 
 @jax.custom_vjp
-def product(x: jax.Array, w: Any) -> jax.Array:
-    """``x @ w`` in eight bits, [..., in] -> [..., out], for a weight [in, out] with the method ``eight_bits``."""
-    codes, axis, scale = w.eight_bits(True)
-    return (_multiply(x, codes, axis) * scale).astype(x.dtype)
+def product(x: jax.Array, w: Any, low: Low = None) -> jax.Array:
+    """``x @ w`` in eight bits, [..., in] -> [..., out], for a weight [in, out] with the method ``eight_bits``; plus
+    ``u @ v`` for ``low`` = (u [..., r], v [r, out]), both in the dtype of x."""
+    by = w.eight_bits(True)
+    made, rows = _multiply(x, by)
+    return _scaled(made, rows, by.after, x.dtype) if low is None else kernels.finished(made, rows, by.after, *low)
 
 
-def _forward(x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
-    return product(x, w), w
+def _scaled(made: jax.Array, rows: jax.Array, columns: Any, dtype: Any) -> jax.Array:
+    made = made.astype(jnp.float32) * rows
+    return (made if columns is None else made * columns).astype(dtype)
 
 
-def _backward(w: Any, g: jax.Array) -> tuple[jax.Array, None]:
-    codes, axis, scale = w.eight_bits(False)
-    return _multiply(g * scale.astype(g.dtype), codes, axis).astype(g.dtype), None
+def _forward(x: jax.Array, w: Any, low: Low) -> tuple[jax.Array, tuple[Any, Low]]:
+    return product(x, w, low), (w, low)
+
+
+def _backward(kept: tuple[Any, Low], g: jax.Array) -> tuple[jax.Array, None, Low]:
+    w, low = kept
+    by = w.eight_bits(False)
+    made, rows = _multiply(g, by)
+    return _scaled(made, rows, by.after, g.dtype), None, None if low is None else jax.vjp(jnp.matmul, *low)[1](g)
 
 
 product.defvjp(_forward, _backward)

@@ -83,12 +83,15 @@ class FourBit(Weight):
             return eight_bit.product(x, self)
         return kernels.product(x, self) if kernels.few(x, self) else packed_.multiply(self, x)
 
-    def eight_bits(self, forward: bool) -> tuple[jax.Array, int, jax.Array]:
-        """Its numbers in int8 or fp8, the axis of them over which ``x`` is summed forwards, the output's gradient
-        backwards, and their scale float32[out]."""
+    def plus(self, x, u, v):
+        return super().plus(x, u, v) if self.compute == "exact" else eight_bit.product(x, self, (u, v))
+
+    def eight_bits(self, forward: bool) -> eight_bit.Parts:
+        """What `eight_bit.product` multiplies by, forwards or (for the gradient) backwards: made each time."""
         largest = jnp.max(jnp.abs(self.scales()), axis=-2)  # every block has a number as large as its scale
         scale = jnp.where(largest > 0, largest / eight_bit.LARGEST[self.compute], 1.0)
-        return kernels.eight_bits(self, scale, eight_bit.CODES[self.compute], forward), 1, scale
+        codes = kernels.eight_bits(self, scale, eight_bit.CODES[self.compute], transposed=forward)
+        return eight_bit.Parts(codes, 1, None, scale) if forward else eight_bit.Parts(codes, 1, scale, None)
 
     def repacked(self, w: Any) -> "FourBit":
         """Another floating array stored as this one is."""

@@ -1,4 +1,4 @@
-"""Which kernel makes, or multiplies by, a four-bit matrix; where none is chosen, XLA does what the kernel would.
+"""Which kernel does the work of a packed matrix; where none is chosen, XLA does what the kernel would.
 
 Chosen by what was measured on an H200, docs/quantisation.md. A kernel runs on one NVIDIA GPU from Ampere on: a program
 spread over several devices, whose partitioner cannot look into it, is left to XLA.
@@ -10,23 +10,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.quant import triton
+from jaxft.quant import triton, triton_eight
 
 FEW = 16
 """Rows of ``x`` up to which the packed matrix is multiplied as it is; beyond, it is made dense first."""
 
 
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+"""What the largest number of a row becomes in eight bits."""
+
+
 @functools.cache
-def available() -> bool:
-    """Whether the kernels run here."""
+def available(capability: float = 8.0) -> bool:
+    """Whether kernels that need that compute capability run here: Ampere's 8.0, for fp8 Ada's 8.9."""
     devices = jax.local_devices()
-    capability = getattr(devices[0], "compute_capability", None)
-    return len(devices) == jax.device_count() == 1 and capability is not None and float(capability) >= 8.0
+    has = getattr(devices[0], "compute_capability", None)
+    return len(devices) == jax.device_count() == 1 and has is not None and float(has) >= capability
 
 
 def fits(w: Any) -> bool:
     """Whether the kernels run here and have tiles for this weight."""
-    return available() and w.codes.ndim == 2 and w.codes.shape[0] % triton.ROWS == 0 and w.block >= 64 and _columns(w) > 0
+    whole = w.codes.ndim == 2 and w.codes.shape[0] % triton.ROWS == 0 and w.block // 2 >= triton.ROWS
+    return available() and whole and _columns(w) > 0
 
 
 def _columns(w: Any) -> int:
@@ -82,10 +87,62 @@ def eight_bits(w: Any, over: jax.Array, dtype: Any, transposed: bool) -> jax.Arr
         made = (jnp.round(made) if dtype == jnp.int8 else made).astype(dtype)
         return made.T if transposed else made
 
-    if not fits(w):
+    if not fits(w) or not available(_capability(dtype)):
         return plain(w, over)
 
     def run(w: Any, over: jax.Array) -> jax.Array:
         return triton.eight_bits(w, over, dtype, transposed, _columns(w))
 
     return jax.lax.platform_dependent(w, over, cuda=run, default=plain)
+
+
+def _capability(dtype: Any) -> float:
+    return 8.0 if dtype == jnp.int8 else 8.9
+
+
+def rounded(x: jax.Array, by: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Rows of x [..., n], times ``by`` float32[n] or None, in int8 or fp8: codes [..., n], and what they are over,
+    float32[..., 1]."""
+    most = LARGEST[jnp.dtype(dtype).name]
+
+    def plain(x: jax.Array, by: Any) -> tuple[jax.Array, jax.Array]:
+        return scaled(x.astype(jnp.float32) * (1.0 if by is None else by), -1, dtype)
+
+    if not available(_capability(dtype)) or x.shape[-1] > triton_eight.WIDEST or x.dtype != jnp.bfloat16:
+        return plain(x, by)
+
+    def run(x: jax.Array, by: Any) -> tuple[jax.Array, jax.Array]:
+        codes, over = triton_eight.rounded(x.reshape(-1, x.shape[-1]), by, dtype, most)
+        return codes.reshape(x.shape), over.reshape(*x.shape[:-1], 1)
+
+    return jax.lax.platform_dependent(x, by, cuda=run, default=plain)
+
+
+def scaled(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """(codes, scales float32) such that codes times scales is near x, float32; one scale along ``axis``."""
+    most = LARGEST[jnp.dtype(dtype).name]
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    scale = jnp.where(largest > 0, largest / most, 1.0)
+    codes = jnp.clip(x / scale, -most, most)
+    return (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype), scale
+
+
+def finished(product: jax.Array, rows: jax.Array, columns: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+    """``product * rows * columns + u @ v`` in the dtype of u, [..., n].
+
+    rows: float32[..., 1]; columns: float32[n]; u: [..., r]; v: [r, n]."""
+
+    def plain(product, rows, columns, u, v):
+        return (product.astype(jnp.float32) * rows * columns).astype(u.dtype) + u @ v
+
+    (high, wide), rank = triton_eight.TILE, u.shape[-1]
+    count = product.size // product.shape[-1]
+    whole = count % high == 0 and product.shape[-1] % wide == 0 and rank in (16, 32, 64, 128)
+    if not available() or not whole or u.dtype != jnp.bfloat16:
+        return plain(product, rows, columns, u, v)
+
+    def run(product, rows, columns, u, v):
+        flat = (a.reshape(count, a.shape[-1]) for a in (product, rows))
+        return triton_eight.finished(*flat, columns, u.reshape(count, rank), v).reshape(product.shape)
+
+    return jax.lax.platform_dependent(product, rows, columns, u, v, cuda=run, default=plain)

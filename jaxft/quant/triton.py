@@ -68,7 +68,7 @@ def _eight(kind, half, transposed, columns, interpret, over, codes, absmax, *res
     for first, high in ((start, True), (start + half, False)):
         tile = _numbers(kind, byte, high, interpret) * scale[None]
         if out.dtype == jnp.int8:
-            tile = (tile + 1.5 * 2**23) - 1.5 * 2**23  # to the nearest whole number, half to even
+            tile = jnp.floor(tile + 0.5)
         tile = tile.astype(out.dtype)
         if transposed:
             out[across, pl.ds(first, ROWS)] = tile.T
@@ -192,11 +192,11 @@ def _halves(kind: str, byte: jax.Array, interpret: bool) -> tuple[jax.Array, jax
         rounded = [_looked_up(i, values).astype(jnp.bfloat16).astype(jnp.float32) for i in (byte & 15, byte >> 4)]
         return rounded[0], rounded[1]
     text = ptx.bfloat16_pairs(tuple(map(float, values)))
-    like = jax.ShapeDtypeStruct(byte.shape, jnp.uint32)
+    like = jax.ShapeDtypeStruct(byte.shape, jnp.int32)
     word = plgpu.elementwise_inline_asm(
         text, args=[byte], constraints=ptx.CONSTRAINTS, pack=4, result_shape_dtypes=[like]
     )[0]
-    low, high = word << 16, word & jnp.uint32(0xFFFF0000)
+    low, high = word << 16, word & -65536
     return jax.lax.bitcast_convert_type(low, jnp.float32), jax.lax.bitcast_convert_type(high, jnp.float32)
 
 
