@@ -35,6 +35,8 @@ SHAPES = {
            "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "tie_word_embeddings": True},
 }  # fmt: skip
@@ -52,7 +54,7 @@ def arguments(doc: str | None = __doc__) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
     )
-    parser.add_argument("--shape", choices=SHAPES, default="1b", help="1b: Llama-3.2-1B; 8b: Llama-3.1-8B")
+    parser.add_argument("--shape", choices=SHAPES, default="1b", help="1b: Llama-3.2-1B; 8b, 70b: Llama-3.1")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
@@ -129,7 +131,7 @@ def build(args: argparse.Namespace):
     if args.method == "lora":  # a step with B = 0 would have zero gradients in A
         trainable = jax.tree.map(lambda a: a + 0.01, trainable)
         if args.layers == "unroll":
-            frozen = tree.split_layers(frozen)
+            frozen = tree.split_layers(frozen, donate=True)
     objective = OBJECTIVES["sft"]
     needs = objective.needs + (objective.reports if args.metrics else ())
     score = make_score(config, needs, dtype=args.dtype, execution=execution(args))

@@ -303,12 +303,18 @@ def dropout_keys(params: Params, key: jax.Array | None) -> Params:
 def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Params:
     """Holds each stack of matrices under ``key`` as separate per-layer arrays (`Split`): for unrolled layers.
 
-    Vectors and constants stay stacked: a slice of them costs nothing.
+    Vectors and constants stay stacked: a slice of them costs nothing. Not so those of packed weights, which kernels
+    read.
 
     ``donate`` frees each stack once it is split, so that never more than one of them exists twice."""
 
-    def split(a: Any) -> Any:
-        if _is_stack(a) or a.ndim < 3:
+    def packed(a: Any) -> bool:
+        return isinstance(a, Weight) and a.packed
+
+    def split(a: Any, least: int = 3) -> Any:
+        if packed(a):
+            return jax.tree.map(lambda part: split(part, 1), a, is_leaf=_is_stack)
+        if _is_stack(a) or a.ndim < least:
             return a
         parts = Split(tuple(a[i] for i in range(a.shape[0])))
         if donate:
@@ -316,7 +322,7 @@ def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Par
             a.delete()
         return parts
 
-    return {**tree, key: jax.tree.map(split, tree[key], is_leaf=_is_stack)}
+    return {**tree, key: jax.tree.map(split, tree[key], is_leaf=lambda a: _is_stack(a) or packed(a))}
 
 
 def stack_layers(tree: Params) -> Params:

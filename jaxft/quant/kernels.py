@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxft.quant import triton, triton_eight
 
-FEW = 16
+FEW = 64
 """Rows of ``x`` up to which the packed matrix is multiplied as it is; beyond, it is made dense first."""
 
 
@@ -56,7 +56,7 @@ def product(x: jax.Array, w: Any) -> jax.Array:
 
     def run(x: jax.Array, w: Any) -> jax.Array:
         rows = x.reshape(-1, x.shape[-1])
-        made = triton.product(rows, w, _columns(w), _splits(w), dot=rows.shape[0] > 2)
+        made = triton.product(rows, w, _columns(w), _splits(w), dot=rows.shape[0] > 2, ahead=rows.shape[0] > 2)
         return made.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
     return jax.lax.platform_dependent(x, w, cuda=run, default=lambda x, w: x @ w.remade().astype(x.dtype))
