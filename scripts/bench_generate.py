@@ -7,7 +7,6 @@ the prompt and the start are not in it; median of the repeats. Layers are separa
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 
