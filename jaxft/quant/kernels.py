@@ -1,7 +1,8 @@
 """Which kernel does the work of a packed matrix; where none is chosen, XLA does what the kernel would.
 
-Chosen by what was measured on an H200, docs/quantisation.md. A kernel runs on one NVIDIA GPU from Ampere on: a program
-spread over several devices, whose partitioner cannot look into it, is left to XLA.
+Chosen by what was measured on an H200 (docs/quantisation.md), and only where it was: int8 is left to XLA. A kernel runs
+on one NVIDIA GPU from Ampere on, fp8 from Ada on: a program spread over several devices, whose partitioner cannot look
+into it, is left to XLA as well.
 """
 
 import functools
@@ -87,7 +88,7 @@ def eight_bits(w: Any, over: jax.Array, dtype: Any, transposed: bool) -> jax.Arr
         made = (jnp.round(made) if dtype == jnp.int8 else made).astype(dtype)
         return made.T if transposed else made
 
-    if not fits(w) or not available(_capability(dtype)):
+    if not fits(w) or not _fp8(dtype):
         return plain(w, over)
 
     def run(w: Any, over: jax.Array) -> jax.Array:
@@ -96,8 +97,8 @@ def eight_bits(w: Any, over: jax.Array, dtype: Any, transposed: bool) -> jax.Arr
     return jax.lax.platform_dependent(w, over, cuda=run, default=plain)
 
 
-def _capability(dtype: Any) -> float:
-    return 8.0 if dtype == jnp.int8 else 8.9
+def _fp8(dtype: Any) -> bool:
+    return available(8.9) and dtype == jnp.float8_e4m3fn
 
 
 def rounded(x: jax.Array, by: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -108,7 +109,7 @@ def rounded(x: jax.Array, by: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
     def plain(x: jax.Array, by: Any) -> tuple[jax.Array, jax.Array]:
         return scaled(x.astype(jnp.float32) * (1.0 if by is None else by), -1, dtype)
 
-    if not available(_capability(dtype)) or x.shape[-1] > triton_eight.WIDEST or x.dtype != jnp.bfloat16:
+    if not _fp8(dtype) or x.shape[-1] > triton_eight.WIDEST or x.dtype != jnp.bfloat16:
         return plain(x, by)
 
     def run(x: jax.Array, by: Any) -> tuple[jax.Array, jax.Array]:
@@ -138,7 +139,7 @@ def finished(product: jax.Array, rows: jax.Array, columns: jax.Array, u: jax.Arr
     (high, wide), rank = triton_eight.TILE, u.shape[-1]
     count = product.size // product.shape[-1]
     whole = count % high == 0 and product.shape[-1] % wide == 0 and rank in (16, 32, 64, 128)
-    if not available() or not whole or u.dtype != jnp.bfloat16:
+    if not available() or not whole or u.dtype != jnp.bfloat16 or product.dtype != jnp.bfloat16:
         return plain(product, rows, columns, u, v)
 
     def run(product, rows, columns, u, v):
