@@ -37,19 +37,31 @@ class QuantConfig:
     compute: Literal["exact", "int8", "fp8"] = "exact"
     """What nf4 and fp4 are multiplied in. exact: the dtype of the activations. int8 or fp8: eight bits, about a third
     faster where a GPU or TPU has them, at a relative error of .01 or .04 of each product."""
-    equalise: bool = True
+    equalise: bool | None = None
     """In int8 and fp8: whether the weights of an input feature that are far smaller than the others' are made as large
-    before they are rounded, and the activations smaller: these are the outliers that many models have."""
+    before they are rounded, and the activations smaller: these are the outliers that many models have. Default: in int8,
+    as fp8 has steps as relative."""
     skip: str = ""
     """A regex searched in torch module names and in our paths: what it finds stays as it is, such as down_proj."""
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"quant.method: got {self.method!r}; expected one of {', '.join(get_args(Method))}")
+        if self.compute not in ("exact", *eight_bit.CODES):
+            raise ValueError(f"quant.compute: got {self.compute!r}; expected one of exact, int8, fp8")
+        if self.compute != "exact" and self.method not in (*four_bit.KINDS, "none"):
+            raise ValueError(
+                f"quant.compute: got {self.compute} with quant.method={self.method}; expected nf4 or fp4: int8 and fp8 are "
+                "multiplied in eight bits as they are. Leave it out."
+            )
         try:
             re.compile(self.skip)
         except re.error as error:
             raise ValueError(f"quant.skip: got {self.skip!r}, no regex ({error})") from None
+
+    @property
+    def _equalise(self) -> bool:
+        return self.method == "int8" if self.equalise is None else self.equalise
 
     def picks(self, name: Name) -> bool:
         """Whether the weight of that name is stored in few bits."""
@@ -70,7 +82,7 @@ class QuantConfig:
     def pack(self, w: Any) -> Weight:
         """The few bits of a floating array [*stack, in, out]. Raises ValueError if it does not fit."""
         if self.method in eight_bit.CODES:
-            return eight_bit.quantize(w, self.method, equalise=self.equalise and self.method == "int8")
+            return eight_bit.quantize(w, self.method, equalise=self._equalise)
         if self.method in GROUPED:
             return groups.quantize(w, GROUPED[self.method], self.block_size, self.symmetric)
         return four_bit.quantize(w, self.method, self.block_size, self.double_quant, self.compute)

@@ -111,10 +111,11 @@ class FourBit(Weight):
         return fields if self.nested is None else fields | {"nested": (*names[:-2], None), "offset": names[:-2]}
 
     def __repr__(self) -> str:
-        nested = "" if self.nested is None else ", double quantised"
+        more = "" if self.nested is None else ", double quantised"
+        more += "" if self.compute == "exact" else f", multiplied in {self.compute}"
         sizes = ",".join(map(str, self.shape))
         return (
-            f"{type(self).__name__}({self.kind}[{sizes}] in blocks of {self.block}{nested}, made from {self.made_from})"
+            f"{type(self).__name__}({self.kind}[{sizes}] in blocks of {self.block}{more}, made from {self.made_from})"
         )
 
 

@@ -9,7 +9,7 @@ import jaxft
 from jaxft import peft
 from jaxft.core import tree
 from jaxft.models import decoder, heads
-from jaxft.quant import EightBit, QuantConfig, eight_bit, pack
+from jaxft.quant import EightBit, QuantConfig, eight_bit, four_bit, pack
 from jaxft.testing import jaxprs
 from tests.peft import pairs
 
@@ -123,3 +123,30 @@ def test_outlier_channels_that_weights_tell_of_cost_nothing(kind):
     usual = eight_bit.quantize(w.at[0, 5].multiply(16.0), kind, equalise=True)  # never makes a feature of x larger
     np.testing.assert_array_equal(usual.rows, 1.0)
     assert bool(jnp.all(eight_bit.quantize(w.at[:, 7].set(0.0), kind, equalise=True).rows[:, 7] == 1.0))
+
+
+@kinds
+@pytest.mark.parametrize("stored", ["nf4", "fp4"])
+def test_four_bits_multiplied_in_eight(kind, stored):
+    """As the dense matrix in eight bits, in both directions, and with an adapter's product added."""
+    w = 0.02 * jax.random.normal(jax.random.key(0), (512, 384))
+    four = four_bit.quantize(w, stored)
+    eight = four_bit.quantize(w, stored, compute=kind)
+    x, g = (jax.random.normal(jax.random.key(i), (4, 32, n)) for i, n in ((1, 512), (2, 384)))
+    assert 0.4 * ERROR[kind] < off(x @ eight, x @ four) < ERROR[kind]
+    u, v = jax.random.normal(jax.random.key(3), (4, 32, 8)), jax.random.normal(jax.random.key(4), (8, 384))
+    (y, got), (z, want) = (jax.vjp(lambda x, u, v, w=w: w.plus(x, u, v), x, u, v) for w in (eight, four))
+    assert off(y, z) < ERROR[kind]
+    for i, (a, b) in enumerate(zip(got(g), want(g), strict=True)):
+        assert off(a, b) < (1.1 * ERROR[kind] if i == 0 else 1e-6)
+    np.testing.assert_array_equal(eight.dense(), four.dense())
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), eight)
+    np.testing.assert_allclose(jax.lax.scan(lambda c, w: (c, x @ w), 0, stack)[1][1], x @ eight, rtol=1e-5, atol=1e-5)
+    assert repr(eight) != repr(four)
+
+
+def test_what_is_computed_in_eight_bits_is_said():
+    with pytest.raises(ValueError, match=r"quant.compute: got fp8 with quant.method=int8; expected nf4 or fp4"):
+        QuantConfig("int8", compute="fp8")
+    with pytest.raises(ValueError, match=r"quant.compute: got 'fp4'; expected one of exact, int8, fp8"):
+        QuantConfig("nf4", compute="fp4")  # type: ignore[arg-type]
