@@ -39,8 +39,8 @@ class QuantConfig:
     faster where a GPU or TPU has them, at a relative error of .01 or .04 of each product."""
     equalise: bool | None = None
     """In int8 and fp8: whether the weights of an input feature that are far smaller than the others' are made as large
-    before they are rounded, and the activations smaller: these are the outliers that many models have. Default: in int8,
-    as fp8 has steps as relative."""
+    before they are rounded, and the activations smaller: these are the outliers that many models have. Default: int8
+    only, as the steps of fp8 are relative."""
     skip: str = ""
     """A regex searched in torch module names and in our paths: what it finds stays as it is, such as down_proj."""
 
@@ -51,8 +51,8 @@ class QuantConfig:
             raise ValueError(f"quant.compute: got {self.compute!r}; expected one of exact, int8, fp8")
         if self.compute != "exact" and self.method not in (*four_bit.KINDS, "none"):
             raise ValueError(
-                f"quant.compute: got {self.compute} with quant.method={self.method}; expected nf4 or fp4: int8 and fp8 are "
-                "multiplied in eight bits as they are. Leave it out."
+                f"quant.compute: got {self.compute} with quant.method={self.method}; expected nf4 or fp4: "
+                "int8 and fp8 are multiplied in eight bits as they are. Leave it out."
             )
         try:
             re.compile(self.skip)

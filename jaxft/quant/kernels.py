@@ -143,7 +143,7 @@ def finished(product: jax.Array, rows: jax.Array, columns: jax.Array, u: jax.Arr
         return plain(product, rows, columns, u, v)
 
     def run(product, rows, columns, u, v):
-        flat = (a.reshape(count, a.shape[-1]) for a in (product, rows))
-        return triton_eight.finished(*flat, columns, u.reshape(count, rank), v).reshape(product.shape)
+        flat, scale = product.reshape(count, -1), rows.reshape(count, 1)
+        return triton_eight.finished(flat, scale, columns, u.reshape(count, rank), v).reshape(product.shape)
 
     return jax.lax.platform_dependent(product, rows, columns, u, v, cuda=run, default=plain)

@@ -163,7 +163,7 @@ def _arrays(w: Any) -> list[jax.Array]:
     return [w.codes, w.absmax, w.nested, w.offset[None], jnp.asarray(dynamic().values)]
 
 
-def _scale(block, over, absmax, nested=None, offset=None, table=None):
+def _scale(block: Any, over: Any, absmax: Any, nested: Any = None, offset: Any = None, table: Any = None) -> Any:
     """float32[columns]: the scales of one block of rows."""
     held = absmax[pl.ds(block, 1), over][0]
     if nested is None:

@@ -133,12 +133,13 @@ def test_four_bits_multiplied_in_eight(kind, stored):
     four = four_bit.quantize(w, stored)
     eight = four_bit.quantize(w, stored, compute=kind)
     x, g = (jax.random.normal(jax.random.key(i), (4, 32, n)) for i, n in ((1, 512), (2, 384)))
-    assert 0.4 * ERROR[kind] < off(x @ eight, x @ four) < ERROR[kind]
+    most = 1.05 * ERROR[kind]  # a few percent more than of normal weights: fp4 has more numbers near the largest
+    assert 0.4 * most < off(x @ eight, x @ four) < most
     u, v = jax.random.normal(jax.random.key(3), (4, 32, 8)), jax.random.normal(jax.random.key(4), (8, 384))
     (y, got), (z, want) = (jax.vjp(lambda x, u, v, w=w: w.plus(x, u, v), x, u, v) for w in (eight, four))
-    assert off(y, z) < ERROR[kind]
+    assert off(y, z) < most
     for i, (a, b) in enumerate(zip(got(g), want(g), strict=True)):
-        assert off(a, b) < (1.1 * ERROR[kind] if i == 0 else 1e-6)
+        assert off(a, b) < (1.1 * most if i == 0 else 1e-6)
     np.testing.assert_array_equal(eight.dense(), four.dense())
     stack = jax.tree.map(lambda a: jnp.stack([a, a]), eight)
     np.testing.assert_allclose(jax.lax.scan(lambda c, w: (c, x @ w), 0, stack)[1][1], x @ eight, rtol=1e-5, atol=1e-5)
