@@ -3,7 +3,7 @@
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,7 +64,7 @@ def random(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _normal(key: jax.Array, shape: tuple, dtype: Any, deviation: float, pack: Pack | None) -> Any:
+def _normal(key: jax.Array, shape: Sequence[int], dtype: Any, deviation: float, pack: Pack | None) -> Any:
     """Layer by layer, a large matrix part by part, so that the float32 draw never exists for the whole."""
     if len(shape) < 3:
         parts = PARTS if math.prod(shape) >= LARGE and shape[0] % PARTS == 0 else 1
