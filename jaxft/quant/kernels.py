@@ -6,6 +6,8 @@ into it, is left to XLA as well.
 """
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -16,7 +18,6 @@ from jaxft.quant import triton, triton_eight
 FEW = 64
 """Rows of ``x`` up to which the packed matrix is multiplied as it is; beyond, it is made dense first."""
 
-
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """What the largest number of a row becomes in eight bits."""
 
@@ -25,8 +26,9 @@ LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 def available(capability: float = 8.0) -> bool:
     """Whether kernels that need that compute capability run here: Ampere's 8.0, for fp8 Ada's 8.9."""
     devices = jax.local_devices()
-    has = getattr(devices[0], "compute_capability", None)
-    return len(devices) == jax.device_count() == 1 and has is not None and float(has) >= capability
+    has = str(getattr(devices[0], "compute_capability", ""))  # of an AMD GPU, a name
+    alone = len(devices) == jax.device_count() == 1
+    return alone and re.fullmatch(r"\d+\.\d+", has) is not None and float(has) >= capability
 
 
 def fits(w: Any) -> bool:
@@ -47,8 +49,8 @@ def dense(w: Any) -> jax.Array:
 
 def few(x: jax.Array, w: Any) -> bool:
     """Whether `product` is for this product."""
-    rows = x.size // x.shape[-1]
-    return fits(w) and rows <= FEW and x.dtype == jnp.bfloat16
+    rows = math.prod(x.shape[:-1])
+    return fits(w) and 0 < rows <= FEW and x.dtype == jnp.bfloat16
 
 
 @jax.custom_vjp

@@ -89,6 +89,20 @@ def test_scaling_and_adding():
         assert got.dtype == jnp.bfloat16 and off(got, want) < 0.003
 
 
+def test_mapped_over_members():
+    w = made("nf4", 64, True)
+    two = jax.tree.map(lambda *a: jnp.stack(a), w, four_bit.quantize(w.dense() * 2.0))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 512), jnp.bfloat16)
+    dense = jax.vmap(lambda w: triton.dense(w, interpret=INTERPRET))(two)
+    np.testing.assert_allclose(dense, jax.vmap(lambda w: w.remade())(two), rtol=1e-6)
+    for over, axes in ((w, (0, None)), (two, (0, 0))):
+        got = jax.vmap(lambda x, w: triton.product(x, w, interpret=INTERPRET), axes)(x, over)
+        want = jax.vmap(lambda x, w: x.astype(jnp.float32) @ w.numbers(), axes)(x, over)
+        assert off(got, want) < 0.003
+    codes, scale = jax.vmap(lambda x: triton_eight.rounded(x, None, jnp.int8, 127.0, interpret=INTERPRET))(x)
+    assert off(codes.astype(jnp.float32) * scale, x) < 0.01
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_instructions_look_up_every_code(kind):
     """The instructions carried out one by one: every byte, in every place of its word."""
