@@ -7,6 +7,7 @@ import ctypes
 import gc
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork data work
 
 import jax  # noqa: E402  (the environment above must come first)
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 # The emitters alone would take half of the suite's time. The flag is read once, with the first device, and must be gone
 # before the TPU's compiler, which does not know it, reads the same variable.
@@ -75,3 +77,15 @@ def strict_promotion(request: pytest.FixtureRequest):
 def key() -> jax.Array:
     """A fixed PRNG key."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def for_a_chip_elsewhere() -> Iterator[None]:
+    """No cache on disk, which cannot read such a program back, and the precision that users run with."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    with jax.default_matmul_precision("default"):
+        yield
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()

@@ -8,15 +8,17 @@ into it, is left to XLA as well.
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxft.quant import triton, triton_eight
+from jaxft.quant import mosaic, triton, triton_eight
 
-FEW = 64
-"""Rows of ``x`` up to which the packed matrix is multiplied as it is; beyond, it is made dense first."""
+FEW = {"gpu": 64, "tpu": 0}
+"""Rows of ``x`` up to which the packed matrix is multiplied as it is; beyond, it is made dense first. The TPU's kernel
+is compiled and compared in the tests but was never timed: it is not chosen."""
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """What the largest number of a row becomes in eight bits."""
@@ -49,20 +51,29 @@ def dense(w: Any) -> jax.Array:
 
 def few(x: jax.Array, w: Any) -> bool:
     """Whether `product` is for this product."""
-    rows = math.prod(x.shape[:-1])
-    return fits(w) and 0 < rows <= FEW and x.dtype == jnp.bfloat16
+    backend = jax.default_backend()
+    if x.dtype != jnp.bfloat16 or not 0 < math.prod(x.shape[:-1]) <= FEW.get(backend, 0):
+        return False
+    return fits(w) if backend == "gpu" else jax.device_count() == 1 and mosaic.fits(w)
 
 
 @jax.custom_vjp
 def product(x: jax.Array, w: Any) -> jax.Array:
     """``x @ w`` for few rows, x bfloat16[..., in]; its gradient by the dense matrix."""
 
-    def run(x: jax.Array, w: Any) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1])
-        made = triton.product(rows, w, _columns(w), _splits(w), dot=rows.shape[0] > 2, ahead=rows.shape[0] > 2)
+    def run(kernel: Callable, x: jax.Array, w: Any) -> jax.Array:
+        made = kernel(x.reshape(-1, x.shape[-1]), w)
         return made.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
-    return jax.lax.platform_dependent(x, w, cuda=run, default=lambda x, w: x @ w.remade().astype(x.dtype))
+    on_a_tpu = jax.default_backend() == "tpu"
+    kernel = functools.partial(run, mosaic.product if on_a_tpu else _on_a_gpu)
+    chosen = {"tpu" if on_a_tpu else "cuda": kernel}
+    return jax.lax.platform_dependent(x, w, default=lambda x, w: x @ w.remade().astype(x.dtype), **chosen)
+
+
+def _on_a_gpu(x: jax.Array, w: Any) -> jax.Array:
+    several = x.shape[0] > 2
+    return triton.product(x, w, _columns(w), _splits(w), dot=several, ahead=several)
 
 
 def _forward(x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
