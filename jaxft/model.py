@@ -198,7 +198,8 @@ def save_hf(
 
     ``params`` without adapters (`jaxft.merge`). ``dtype``: of every tensor, by default that of the embedding. The
     directory appears complete or not at all; one that holds something is refused unless ``overwrite``. ``packed``:
-    nf4 and fp4 weights are written as bitsandbytes stores them, integers in groups as GPTQModel, instead of dense."""
+    nf4 and fp4 weights are written as bitsandbytes stores them, integers in groups as GPTQModel, instead of dense;
+    other weights in few bits (int8 and fp8 by output) are refused then."""
     made = hf.Loaded(model.config, model.names, params, model.raw)
     return writer.save(
         made,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.checkpoint.errors import CheckpointError
+from jaxft.core.weight import Weight
 from jaxft.quant import FourBit, IntGroups, bitsandbytes, gptqmodel
 
 
@@ -23,7 +24,13 @@ class Form(NamedTuple):
 def form_of(weights: list[tuple[str, Any]]) -> Form | None:
     """The format that holds all packed ones of these weights; None if none is packed.
 
-    Raises CheckpointError for what no format holds together."""
+    Raises CheckpointError for what no format holds, or none holds together."""
+    for name, w in weights:
+        if isinstance(w, Weight) and w.packed and not isinstance(w, FourBit | IntGroups):
+            expected = "four bits (nf4, fp4) or integers in groups (int4, int8_blockwise, gptq)"
+            raise CheckpointError(
+                name, repr(w), f"{expected}, as no format holds others", "Write it dense (packed=False)."
+            )
     four = [w for _, w in weights if isinstance(w, FourBit)]
     integers = {name: w for name, w in weights if isinstance(w, IntGroups)}
     if four and integers:

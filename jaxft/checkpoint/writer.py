@@ -94,8 +94,8 @@ def save(
 ) -> Path:
     """Writes the model; generation config and tokenizer files are copied from ``source``, the directory it came from,
     unless ``own_tokenizer`` is given. Weights in few bits are written dense, or with ``packed`` as bitsandbytes (nf4,
-    fp4) or GPTQModel (integers in groups) stores them. Raises CheckpointError; on several hosts every process must call
-    it."""
+    fp4) or GPTQModel (integers in groups) stores them; others are refused then. Raises CheckpointError; on several
+    hosts every process must call it."""
     target = Path(directory).expanduser().absolute()
     _refuse_occupied(target, overwrite)
     model = biases.switched_on(model)

@@ -251,3 +251,18 @@ def test_what_gptq_cannot_hold_is_not_written(saved, tmp_path):
     np.testing.assert_array_equal(
         hf.load(tmp_path / "out").params["layers"]["mlp"]["up"], model.params["layers"]["mlp"]["up"].dense()
     )
+
+
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+def test_eight_bits_by_output_are_not_written_packed(method, saved, tmp_path):
+    """Not even dense, unasked: no format holds them."""
+    model = hf.load(saved("llama"), quantize=QuantConfig(method, skip="attn"))
+    with pytest.raises(
+        CheckpointError, match=rf"model.layers.0.mlp.gate_proj.weight: got EightBit\({method}.*packed=False"
+    ):
+        writer.save(model, tmp_path / "out", packed=True)
+    assert not (tmp_path / "out").exists()
+    writer.save(model, tmp_path / "out")
+    np.testing.assert_array_equal(
+        hf.load(tmp_path / "out").params["layers"]["mlp"]["up"], model.params["layers"]["mlp"]["up"].dense()
+    )
