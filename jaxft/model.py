@@ -171,6 +171,8 @@ def random(
     raw = hf.config_of(directory)
     config, names = families.read(raw, str(directory / "config.json"))
     quant = chosen(quantize)
+    if quant is None and isinstance(quantize, QuantConfig) and quantize.compute != "exact":
+        raise ValueError(f"quant.compute: got {quantize.compute} with quant.method=none; expected nf4 or fp4 with it")
     make = functools.partial(
         init.random,
         config,

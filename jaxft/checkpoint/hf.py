@@ -4,6 +4,7 @@ Everything is verified from the headers before a single weight is read, so nothi
 understood (a pickle, a quantised file, a tensor too many) is refused with the way out.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -25,7 +26,7 @@ from jaxft.core.names import Names
 from jaxft.core.weight import Weight
 from jaxft.models import families
 from jaxft.models.config import ModelConfig
-from jaxft.quant import QuantConfig, chosen
+from jaxft.quant import FourBit, QuantConfig, chosen
 from jaxft.sharding import rules
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -94,6 +95,8 @@ def load(
                 leaves[entry.path] = reader.read_packed(files, entry, mine, target, place, quant[entry.path], within)
             else:
                 leaves[entry.path] = reader.read(files, entry, mine, target, place)
+    if isinstance(quantize, QuantConfig) and quantize.method == "none" and quantize.compute != "exact":
+        leaves = _computed(leaves, quantize.compute, directory)
     sources = {entry.path: (entry, tuple(tensors[name] for name in entry.tensors)) for entry in entries}
     originals = Originals(sources, target) if quant else None
     return Loaded(config, names, layout.assemble(names, leaves), raw, originals)
@@ -107,6 +110,17 @@ def _quant(config: QuantConfig | None, raw: dict[str, Any], names: Names, direct
         remedy = "Leave quantize= (quant.method) out: it is loaded as it is stored."
         raise CheckpointError(directory, "weights that are quantised already", "plain ones to quantise", remedy)
     return {f"{name.path}/base" if name.bias else name.path: config.pack for name in config.picked(names)}
+
+
+def _computed(leaves: dict[str, Any], compute: str, directory: Path) -> dict[str, Any]:
+    """The leaves, those that were stored in four bits to be multiplied in eight."""
+    four = {path: dataclasses.replace(w, compute=compute) for path, w in leaves.items() if isinstance(w, FourBit)}
+    if not four:
+        remedy = "Set quant.method=nf4 to pack it, or leave quant.compute out."
+        raise CheckpointError(
+            directory, "a model without four-bit weights", f"some for quant.compute={compute}", remedy
+        )
+    return leaves | four
 
 
 def _inside(entry: layout.Entry, names: Names, mesh: jax.sharding.Mesh, w: Weight) -> Any:

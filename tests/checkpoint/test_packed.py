@@ -97,6 +97,20 @@ def test_what_we_write_transformers_reads(wide, tmp_path):
     assert size < 0.65 * (wide / "model.safetensors").stat().st_size
 
 
+def test_stored_four_bits_multiplied_in_eight(wide, tmp_path):
+    """Asked of a checkpoint that is packed already, it changes the products and nothing that is stored."""
+    model = jaxft.load(wide, quantize="nf4")
+    jaxft.save_hf(model, model.params, tmp_path / "four", packed=True)
+    fast = jaxft.load(tmp_path / "four", quantize=QuantConfig(compute="int8"))
+    jax.tree.map(same, jax.tree.leaves(fast.params), jax.tree.leaves(model.params))
+    off = np.abs(fast.logprobs(fast.params, TOKENS) - model.logprobs(model.params, TOKENS))
+    assert 0 < off.mean() < 0.15, "quantisation itself costs 0.6"
+    with pytest.raises(CheckpointError, match=r"a model without four-bit weights.*quant.compute=int8.*quant.method=nf4"):
+        jaxft.load(wide, quantize=QuantConfig(compute="int8"))
+    with pytest.raises(ValueError, match=r"quant.compute: got fp8 with quant.method=none"):
+        jaxft.random(wide, key=jax.random.key(0), quantize=QuantConfig(compute="fp8"))
+
+
 def test_dense_is_what_is_written_by_default(wide, tmp_path):
     model = jaxft.load(wide, quantize="nf4")
     jaxft.save_hf(model, model.params, tmp_path / "dense")
