@@ -33,7 +33,8 @@ def test_sizes_match_the_budget():
 
 def test_runs_are_made_once_and_told(capsys, tiny, tmp_path, monkeypatch):
     """Each run is a process of its own; asked for again, nothing is run; a failure is told."""
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device: less to compile
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    monkeypatch.setenv("XLA_FLAGS", flags)  # one device, and not optimised: less to compile
     lines = [json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]})
              for q, a in (("Sort: 3 1 2", "1 2 3"), ("Spell dog", "d o g"))]  # fmt: skip
     for name in ("train", "held_out"):
