@@ -146,7 +146,10 @@ class Weight:
         return {n: names if n == "base" else of(v) for n, v in fields.items() if n == "base" or hasattr(v, "ndim")}
 
     def __getitem__(self, index: Any) -> "Weight":
-        """Indexes the stack (layer) axis of every array."""
+        """Indexes the stack (layer) axis of every array. Raises IndexError for a packed matrix that has none: its rows
+        lie in several arrays, each cut in another way."""
+        if self.packed and self.ndim < 3 and index is not None and index is not ...:
+            raise IndexError(f"{self!r} has no layers to index; its numbers are in dense()")
         return jax.tree.map(lambda a: a[index], self, is_leaf=lambda a: isinstance(a, Split | Shared))
 
     def __repr__(self) -> str:

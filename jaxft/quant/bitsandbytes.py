@@ -71,7 +71,7 @@ def weight(found: Mapping[str, np.ndarray], name: str = "weight") -> FourBit:
     kind, state = _state(found, name)
     columns, rows = state["shape"]
     block, half = state["blocksize"], state["blocksize"] // 2
-    if rows % block:
+    if block % 2 or rows % block:
         raise ValueError(
             f"{name}: got blocks of {block} across rows of {rows} numbers; expected blocks that divide them, the only "
             "kind jaxft keeps packed. Load the checkpoint it was made from instead."
@@ -80,18 +80,22 @@ def weight(found: Mapping[str, np.ndarray], name: str = "weight") -> FourBit:
     packed = _sized(found, name, n // 2).view(np.uint8)
     flat = np.stack([packed >> 4, packed & 15], axis=-1).reshape(columns, rows // block, 2, half)
     high, low = flat.transpose(2, 1, 3, 0).reshape(2, rows // 2, columns)
-    absmax = _sized(found, f"{name}.absmax", n // block).reshape(columns, rows // block).T
     nested, offset = None, None
-    if "nested_offset" in state:
+    if "nested_offset" in state or f"{name}.nested_absmax" in found:
         if state.get("nested_blocksize") != blockwise.NESTED:
             raise ValueError(
                 f"{name}: got nested blocks of {state.get('nested_blocksize')}; expected {blockwise.NESTED}"
             )
         _same(found, f"{name}.nested_quant_map", dynamic().values)
-        nested = jnp.asarray(_sized(found, f"{name}.nested_absmax", -(-n // block // blockwise.NESTED)), jnp.float32)
-        offset = jnp.float32(state["nested_offset"])
-    dtype = jnp.uint8 if nested is not None else jnp.float32
-    made = (jnp.asarray((high << 4) | low), jnp.asarray(absmax, dtype), nested, offset)
+        nested = jnp.asarray(_scales(found, f"{name}.nested_absmax", -(-n // block // blockwise.NESTED)))
+        offset = jnp.float32(_offset(state, name))
+        absmax = _sized(found, f"{name}.absmax", n // block)
+        if absmax.dtype != np.uint8:
+            raise ValueError(f"{name}.absmax: got {absmax.dtype}; expected uint8 beside a nested_absmax")
+    else:
+        absmax = _scales(found, f"{name}.absmax", n // block)
+    absmax = jnp.asarray(absmax.reshape(columns, rows // block).T)
+    made = (jnp.asarray((high << 4) | low), absmax, nested, offset)
     return FourBit(*made, kind=kind, block=block, made_from=state["dtype"])
 
 
@@ -124,6 +128,28 @@ def _sized(found: Mapping[str, np.ndarray], key: str, size: int) -> np.ndarray:
     if array.size != size:
         raise ValueError(f"{key}: got {array.size} numbers; expected {size}, from the quant state's shape and blocks")
     return array.reshape(-1)
+
+
+def _scales(found: Mapping[str, np.ndarray], key: str, size: int) -> np.ndarray:
+    """float32[size]: largest magnitudes. Raises ValueError for what cannot be such."""
+    array = _sized(found, key, size)
+    if array.dtype.kind not in "fV":  # V: bfloat16
+        raise ValueError(f"{key}: got {array.dtype}; expected floating scales, as the quant state tells of no others")
+    array = array.astype(np.float32)
+    if not np.all(np.isfinite(array) & (array >= 0)):
+        raise ValueError(f"{key}: got scales that are negative or not finite. Fetch the file again.")
+    return array
+
+
+def _offset(state: Mapping[str, Any], name: str) -> float:
+    """The mean of the scales. Raises ValueError if the quant state tells no finite number."""
+    offset = state.get("nested_offset")
+    if not isinstance(offset, int | float) or not np.isfinite(np.float32(offset)):
+        raise ValueError(
+            f"{name}: got a quant state with nested_offset {offset!r}; expected the mean of the scales, as "
+            f"{name}.nested_absmax is there. Fetch the file again."
+        )
+    return offset
 
 
 def _same(found: Mapping[str, np.ndarray], key: str, values: np.ndarray) -> None:

@@ -89,7 +89,7 @@ class FourBit(Weight):
     def eight_bits(self, forward: bool) -> eight_bit.Parts:
         """What `eight_bit.product` multiplies by, forwards or (for the gradient) backwards: made each time."""
         largest = jnp.max(jnp.abs(self.scales()), axis=-2)  # every block has a number as large as its scale
-        scale = jnp.where(largest > 0, largest / eight_bit.LARGEST[self.compute], 1.0)
+        scale = kernels.scale_of(largest, eight_bit.LARGEST[self.compute])
         codes = kernels.eight_bits(self, scale, eight_bit.CODES[self.compute], transposed=forward)
         return eight_bit.Parts(codes, 1, None, scale) if forward else eight_bit.Parts(codes, 1, scale, None)
 
@@ -127,6 +127,8 @@ def quantize(
     Raises ValueError for an array without a matrix, a block size that does not divide ``in`` or is not one of
     32, 64, ... 4096, and (not while tracing) for numbers that are not finite."""
     w = packed_.checked(w, kind, KINDS)
+    if compute not in ("exact", *eight_bit.CODES):
+        raise ValueError(f"quantize: got compute {compute!r}; expected one of exact, {', '.join(eight_bit.CODES)}")
     if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
         raise ValueError(f"quantize: got block_size {block_size}; expected a power of two from 32 to 4096")
     if w.shape[-2] % block_size:

@@ -96,6 +96,9 @@ def test_it_behaves_like_an_array():
     assert (q.shape, q.ndim, str(q.dtype), q[1].shape) == ((3, 128, 48), 3, "nf4", (128, 48))
     np.testing.assert_array_equal(q[1].dense(), q.dense()[1])
     np.testing.assert_array_equal(q[1:].dense(), q.dense()[1:])
+    np.testing.assert_array_equal(q[1][None].dense(), q.dense()[1:2])
+    with pytest.raises(IndexError, match=r"nf4\[128,48\].* has no layers to index"):
+        q[1][:64]
     np.testing.assert_allclose(x @ q[1], x @ q[1].dense(), rtol=1e-5, atol=1e-5)
     assert (x.astype(jnp.bfloat16) @ q[1]).dtype == jnp.bfloat16 and q.astype(jnp.bfloat16).dtype == jnp.bfloat16
     ids = jnp.asarray([[0, 31, 32], [63, 64, 127]])
@@ -160,6 +163,7 @@ BAD = {
     "vector": (lambda w: four_bit.quantize(w[0]), "expected a floating array"),
     "nan": (lambda w: four_bit.quantize(w.at[3, 3].set(jnp.nan)), "not finite"),
     "inf": (lambda w: four_bit.quantize(w.at[3, 3].set(jnp.inf)), "not finite"),
+    "compute": (lambda w: four_bit.quantize(w, compute="int4"), "got compute 'int4'; expected one of exact, int8, fp8"),
 }
 
 
@@ -185,7 +189,24 @@ CORRUPT = {
     "shape": (lambda f: _changed(f, shape=[16, -128]), "expected the quant state"),
     "blocks": (lambda f: _changed(f, blocksize=96), "blocks of 96 across rows of 128"),
     "nested": (lambda f: _changed(f, nested_blocksize=64), "nested blocks of 64"),
+    "odd": (lambda f: _changed(f, blocksize=1), "blocks of 1 across rows of 128"),
+    "offset": (lambda f: _changed(f, nested_offset=None), "nested_offset None"),
+    "offset nan": (lambda f: _changed(f, nested_offset=float("nan")), "nested_offset nan"),
+    "nested scales": (lambda f: f | {"weight.nested_absmax": f["weight.nested_absmax"] * np.nan}, "not finite"),
+    "scales": (lambda f: f | {"weight.absmax": f["weight.absmax"].astype("f4")}, "absmax: got float32; expected uint8"),
+    "bytes alone": (lambda f: _alone(f, f["weight.absmax"]), "absmax: got uint8; expected floating"),
+    "nan": (lambda f: _alone(f, np.full(32, np.nan, "f4")), "absmax: got scales that are negative or not finite"),
+    "negative": (lambda f: _alone(f, np.full(32, -1, "f4")), "absmax: got scales that are negative or not finite"),
 }
+
+
+def _alone(found, absmax):
+    """The same matrix without double quantisation."""
+    found = _changed(found) | {"weight.absmax": absmax}
+    (key,) = (k for k in found if "quant_state" in k)
+    state = {k: v for k, v in json.loads(bytes(found[key])).items() if not k.startswith("nested")}
+    found[key] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    return {k: v for k, v in found.items() if "nested" not in k}
 
 
 @pytest.mark.parametrize("name", CORRUPT)
