@@ -122,9 +122,11 @@ def _multiply(x: jax.Array, by: Parts) -> tuple[jax.Array, jax.Array]:
     """The product of the codes of ``x`` [..., n] with those of the weight, and what scales its rows: float32[..., 1].
 
     The sums of int8 are exact in int32; those of fp8 leave the product in the dtype of ``x``, whose rounding is less
-    than that of the codes, and which is half as much to write."""
+    than that of the codes, and which is half as much to write; but not in float16, which ends before a product of two
+    of the codes does."""
     rows, scale = kernels.rounded(x, by.before, by.codes.dtype)
-    out = jnp.int32 if by.codes.dtype == jnp.int8 else x.dtype
+    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+    out = jnp.int32 if by.codes.dtype == jnp.int8 else wide
     contract = (((x.ndim - 1,), (by.axis,)), ((), ()))
     return jax.lax.dot_general(rows, by.codes, contract, preferred_element_type=out), scale
 

@@ -122,7 +122,7 @@ def rounded(x: jax.Array, by: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
     def plain(x: jax.Array, by: Any) -> tuple[jax.Array, jax.Array]:
         return scaled(x.astype(jnp.float32) * (1.0 if by is None else by), -1, dtype)
 
-    if not _fp8(dtype) or x.shape[-1] > triton_eight.WIDEST or x.dtype != jnp.bfloat16:
+    if not _fp8(dtype) or x.shape[-1] > triton_eight.WIDEST or x.dtype != jnp.bfloat16 or x.size == 0:
         return plain(x, by)
 
     def run(x: jax.Array, by: Any) -> tuple[jax.Array, jax.Array]:
@@ -135,10 +135,14 @@ def rounded(x: jax.Array, by: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
 def scaled(x: jax.Array, axis: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """(codes, scales float32) such that codes times scales is near x, float32; one scale along ``axis``."""
     most = LARGEST[jnp.dtype(dtype).name]
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(largest > 0, largest / most, 1.0)
+    scale = scale_of(jnp.max(jnp.abs(x), axis=axis, keepdims=True), most)
     codes = jnp.clip(x / scale, -most, most)
     return (jnp.round(codes) if dtype == jnp.int8 else codes).astype(dtype), scale
+
+
+def scale_of(largest: jax.Array, most: float) -> jax.Array:
+    """What makes the largest number ``most`` in eight bits, like ``largest``: not finite where that is not."""
+    return jnp.where(largest < triton_eight.SMALLEST, 1.0, largest / most)
 
 
 def finished(product: jax.Array, rows: jax.Array, columns: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
@@ -151,7 +155,7 @@ def finished(product: jax.Array, rows: jax.Array, columns: jax.Array, u: jax.Arr
 
     (high, wide), rank = triton_eight.TILE, u.shape[-1]
     count = product.size // product.shape[-1]
-    whole = count % high == 0 and product.shape[-1] % wide == 0 and rank in (16, 32, 64, 128)
+    whole = count > 0 and count % high == 0 and product.shape[-1] % wide == 0 and rank in (16, 32, 64, 128)
     if not available() or not whole or u.dtype != jnp.bfloat16 or product.dtype != jnp.bfloat16:
         return plain(product, rows, columns, u, v)
 

@@ -15,6 +15,8 @@ from jax.experimental.pallas import triton as plgpu
 WIDEST = 32768
 """Features of a row that fit into the registers of one program."""
 TILE = (64, 128)
+SMALLEST = 1e-35
+"""Rows of smaller numbers become zeros: the inverse of their scale, or the scale itself, is beyond float32."""
 
 
 def rounded(x: jax.Array, by: Any, dtype: Any, most: float, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -40,7 +42,7 @@ def _rounded(n, width, most, scaled, x, *rest):
     if scaled:
         held *= plgpu.load(by[0].at[at], mask=inside[0], other=0.0).astype(jnp.float32)[None]
     largest = jnp.max(jnp.abs(held), axis=1, keepdims=True)
-    over = jnp.where(largest > 0, largest, most)
+    over = jnp.where(largest < SMALLEST, most, largest)
     made = held * (most / over)
     if codes.dtype == jnp.int8:
         made = jnp.floor(made + 0.5)

@@ -87,6 +87,26 @@ def test_lora_trains_on_it(kind):
     assert off(*grads) < 6 * ERROR[kind]
 
 
+@kinds
+@pytest.mark.parametrize("stored", ["eight", "four"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_activations_of_every_size(kind, stored, dtype):
+    """The largest sums in float16; rows of almost nothing; numbers that are not finite are not hidden."""
+    w = jnp.abs(jax.random.normal(jax.random.key(0), (512, 64)))
+    q = eight_bit.quantize(w, kind) if stored == "eight" else four_bit.quantize(w, compute=kind)
+    x = jnp.abs(jax.random.normal(jax.random.key(1), (4, 512))).astype(dtype).at[:, 5].set(0.0)
+    got, back = jax.vjp(lambda x: x @ q, x)
+    want = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    assert got.dtype == dtype and off(got.astype(jnp.float32), jnp.asarray(want)) < 0.05
+    (g,) = back(got / 100)
+    assert off(g.astype(jnp.float32), jnp.asarray(want / 100 @ np.asarray(w, np.float64).T)) < 0.1
+    small = x.at[1].multiply(1e-37 if dtype == "float32" else 1e-7)
+    assert bool(jnp.all(jnp.isfinite(small @ q))) and bool(jnp.all((small @ q)[0] == got[0]))
+    for bad in (jnp.nan, jnp.inf):
+        broken = x.at[2, 3].set(bad) @ q
+        assert not bool(jnp.any(jnp.isfinite(broken[2]))) and bool(jnp.all(broken[0] == got[0]))
+
+
 def test_bad_input_is_refused():
     for w, kind, message in (
         (jnp.ones(4), "int8", "expected a floating array"),

@@ -77,6 +77,14 @@ def test_rows_in_eight_bits(kept, n, scaled):
     np.testing.assert_array_equal(np.asarray(got[2], np.float32), 0.0)
 
 
+def test_rows_of_almost_nothing_become_zeros():
+    x = jnp.zeros((4, 128), jnp.bfloat16).at[1, ::2].set(1e-37).at[2, ::2].set(1e-30)
+    got, scale = triton_eight.rounded(x, None, jnp.float8_e4m3fn, 448.0, interpret=INTERPRET)
+    made = np.asarray(got, np.float64) * np.asarray(scale, np.float64)
+    np.testing.assert_allclose(made[2], np.asarray(x[2], np.float64), rtol=1e-5)
+    np.testing.assert_array_equal(made[[0, 1, 3]], 0.0)
+
+
 def test_scaling_and_adding():
     m, n, r = 128, 256, 16
     product = jax.random.normal(jax.random.key(0), (m, n), jnp.bfloat16)
