@@ -43,6 +43,11 @@ def command(args: argparse.Namespace) -> int:
     quant = dataclasses.replace(quant, method="nf4") if quant.method == "none" else quant
     if quant.method not in WRITTEN:
         raise ConfigError(f"quant.method: got {quant.method}; expected one of {', '.join(WRITTEN)} to be written")
+    if quant.compute != "exact":
+        raise ConfigError(
+            f"quant.compute: got {quant.compute}; the file holds numbers, not how they are multiplied. Leave it "
+            "out here and give it where the model is used."
+        )
     if quant.method == "gptq":
         model, params = _calibrated(found, quant)
     else:

@@ -59,6 +59,8 @@ def test_a_base_is_written_in_four_bits_once(capsys, words, tiny, tmp_path):  # 
     assert code == 1 and "not empty" in err
     code, _, err = jaxft(capsys, "quantize", four, "--out", tmp_path / "again")
     assert code == 1 and "quantised already" in err
+    code, _, err = jaxft(capsys, "quantize", tiny, "--out", tmp_path / "fast", "quant.compute=fp8")
+    assert code == 2 and "where the model is used" in err and not (tmp_path / "fast").exists()
     code, _, err = jaxft(capsys, "quantize", tiny, "--out", tmp_path / "eight", "quant.method=int8")
     assert code == 2 and "got int8; expected one of nf4, fp4, int4, int8_blockwise, gptq to" in err
     for extra, folder in ((["quant.method=nf4"], "a"), ([f"model.path={four}"], "b")):
