@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.checkpoint.errors import CheckpointError
-from jaxft.core.weight import Weight
+from jaxft.core.weight import is_packed
 from jaxft.quant import FourBit, IntGroups, bitsandbytes, gptqmodel
 
 
@@ -26,7 +26,7 @@ def form_of(weights: list[tuple[str, Any]]) -> Form | None:
 
     Raises CheckpointError for what no format holds, or none holds together."""
     for name, w in weights:
-        if isinstance(w, Weight) and w.packed and not isinstance(w, FourBit | IntGroups):
+        if is_packed(w) and not isinstance(w, FourBit | IntGroups):
             expected = "four bits (nf4, fp4) or integers in groups (int4, int8_blockwise, gptq)"
             raise CheckpointError(
                 name, repr(w), f"{expected}, as no format holds others", "Write it dense (packed=False)."

@@ -17,7 +17,7 @@ from jaxft.border.errors import ConfigError
 from jaxft.cli import target
 from jaxft.cli.target import Target
 from jaxft.core import tree
-from jaxft.core.weight import Weight
+from jaxft.core.weight import is_packed
 from jaxft.data import Loader
 from jaxft.model import Model
 from jaxft.quant import QuantConfig, config, four_bit
@@ -69,7 +69,7 @@ def _calibrated(found: Target, quant: QuantConfig) -> tuple[Model, tree.Params]:
         raise ConfigError("quant.method=gptq measures the model's inputs on data; say which: data.path=rows.jsonl")
     model, params = target.load(_with(found, dataclasses.replace(quant, method="none")))
     model = dataclasses.replace(model, params=params)
-    if any(isinstance(w, Weight) and w.packed for _, w in tree.paths(params, inside=False)):
+    if any(is_packed(w) for _, w in tree.paths(params, inside=False)):
         raise ConfigError(f"{found.config.model.path}: got weights that are quantised already; expected plain ones")
     if model.tokenizer is None:
         raise ConfigError(f"{found.config.model.path} holds no tokenizer; put the model's tokenizer files beside it")
@@ -94,7 +94,7 @@ def _tell(done: int, of: int) -> None:
 def _summary(params: tree.Params, quant: QuantConfig) -> str:
     weights = [w for _, w in tree.paths(params, inside=False)]
     bases = [getattr(w, "base", w) for w in weights]
-    packed = [w for w in bases if isinstance(w, Weight) and w.packed]
+    packed = [w for w in bases if is_packed(w)]
     size = sum(w.nbytes for w in packed)  # type: ignore[attr-defined]
     held = sum(tree.count(w) for w in packed)
     return f"{quant.method}: {held:,} of {tree.count(params):,} parameters, at {8 * size / held:.2f} bits each"

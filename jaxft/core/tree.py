@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxft.core import weight as weights
-from jaxft.core.weight import Head, Shared, Slot, Split, Transposed, Weight
+from jaxft.core.weight import Head, Shared, Slot, Split, Transposed, Weight, is_packed
 
 Params = Any  # nested dicts of arrays and Weights
 
@@ -308,11 +308,8 @@ def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Par
 
     ``donate`` frees each stack once it is split, so that never more than one of them exists twice."""
 
-    def packed(a: Any) -> bool:
-        return isinstance(a, Weight) and a.packed
-
     def split(a: Any, least: int = 3) -> Any:
-        if packed(a):
+        if is_packed(a):
             return jax.tree.map(lambda part: split(part, 1), a, is_leaf=_is_stack)
         if _is_stack(a) or a.ndim < least:
             return a
@@ -322,7 +319,7 @@ def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Par
             a.delete()
         return parts
 
-    return {**tree, key: jax.tree.map(split, tree[key], is_leaf=lambda a: _is_stack(a) or packed(a))}
+    return {**tree, key: jax.tree.map(split, tree[key], is_leaf=lambda a: _is_stack(a) or is_packed(a))}
 
 
 def stack_layers(tree: Params) -> Params:

@@ -331,6 +331,11 @@ def _upon(head: Any, lookup: Any) -> Any:
     return Transposed(lookup) if type(head) is Transposed else head.upon(_upon(head.base, lookup))
 
 
+def is_packed(w: Any) -> bool:
+    """Whether ``w`` itself, no weight around it, is a matrix in few bits."""
+    return isinstance(w, Weight) and w.packed
+
+
 def dense_dtype(w: Any) -> Any:
     """The dtype of the matrix that ``w`` stands for."""
     return w.dense_dtype if isinstance(w, Weight) else w.dtype

@@ -29,7 +29,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.core import products, verbs
-from jaxft.core.weight import Affine, Untied, Weight, parameter, static, trainable, weight
+from jaxft.core.weight import Affine, Untied, Weight, is_packed, parameter, static, trainable, weight
 from jaxft.peft import lora_data, lora_init
 from jaxft.peft.calibration import Calibration
 from jaxft.peft.lora_data import EVA, CorDA
@@ -133,7 +133,7 @@ def _init_at(config: LoRA, site: Site) -> str:
     init, base = config.init, site.base
     if site.name.kind == "embedding" or init not in ("loftq", "qpissa"):
         return "embedding" if site.name.kind == "embedding" else init
-    if isinstance(base, Weight) and base.packed:
+    if is_packed(base):
         if init == "loftq" and config.loftq.bits is not None:
             raise ValueError(
                 f"peft.loftq.bits: got {config.loftq.bits}; {site.name.module} is stored in few bits already "
@@ -269,7 +269,7 @@ class LoRAWeight(Weight):
 
     def _apply(self, x: jax.Array, dot: Dot, each: Each) -> jax.Array:
         """The map in terms of ``dot(x, w)``, a product with a matrix, and ``each(v)``, a vector for every row of x."""
-        if dot is operator.matmul and self.a0 is None and self.bias is None and getattr(self.base, "packed", False):
+        if dot is operator.matmul and self.a0 is None and self.bias is None and is_packed(self.base):
             z = self._narrow(self._dropped(x), self.a, dot, each)
             return self.base.plus(x, z, self._b.astype(x.dtype))
         return self._frozen(x, dot, each) + self._delta(self._dropped(x), dot, each)

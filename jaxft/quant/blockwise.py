@@ -30,7 +30,7 @@ def look_up(index: jax.Array, values: np.ndarray) -> jax.Array:
     A small table is a tree of selects on the index's bits: no device gathers single numbers well."""
     if len(values) > 16:
         return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
-    level = [jnp.asarray(v) for v in values]
+    level: list[jax.Array] = [jnp.float32(float(v)) for v in values]  # scalars, as kernels can hold no table
     bit = 1
     while len(level) > 1:
         odd = (index & bit) != 0

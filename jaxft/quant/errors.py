@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxft.core import tree
 from jaxft.core.names import Names
-from jaxft.core.weight import Affine, Shared, Weight, parameter, weight
+from jaxft.core.weight import Affine, Shared, Weight, is_packed, parameter, weight
 
 Batch = Mapping[str, Any]
 
@@ -159,7 +159,7 @@ def _sums(exact: jax.Array, base: jax.Array, written: jax.Array) -> list[jax.Arr
 def _merged(module: str, w: Any, dtype: Any) -> Merged:
     packed = _packed_of(w)
     base = packed.dense()
-    exact = matrix(tree.merge({"w": jax.tree.map(_in_float32, w, is_leaf=_is_packed)})["w"])
+    exact = matrix(tree.merge({"w": jax.tree.map(_in_float32, w, is_leaf=is_packed)})["w"])
     written = exact.astype(base.dtype if dtype is None else dtype)
     size, update, rounding = map(float, _sums(exact, base.astype(jnp.float32), written))
     again = None
@@ -181,7 +181,7 @@ def repacked(merged: tree.Params, params: tree.Params, names: Names) -> tree.Par
                 f"{name.path}: {packed!r} is made by another procedure than rounding; expected nf4, fp4, int8 or fp8: "
                 "merge into a dense model, and quantise that"
             )
-        merged = tree.wrap(merged, name.path, lambda w, p=packed: w if _is_packed(w) else p.repacked(w))
+        merged = tree.wrap(merged, name.path, lambda w, p=packed: w if is_packed(w) else p.repacked(w))
     return merged
 
 
@@ -192,14 +192,10 @@ def matrix(w: Any) -> jax.Array:
 
 def _packed_of(w: Any) -> Any:
     """The weight in few bits that a weight is, or is around; None if there is none."""
-    while isinstance(w, Weight) and not w.packed:
+    while isinstance(w, Weight) and not is_packed(w):
         w = getattr(w, "base", None)
     return w if isinstance(w, Weight) else None
 
 
-def _is_packed(w: Any) -> bool:
-    return isinstance(w, Weight) and w.packed
-
-
 def _in_float32(w: Any) -> Any:
-    return w.dense().astype(jnp.float32) if _is_packed(w) else w
+    return w.dense().astype(jnp.float32) if is_packed(w) else w

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxft.quant import blockwise
 from jaxft.quant.codebooks import four_bit
 
 DEPTH, WIDTH = 512, 512
@@ -37,7 +38,7 @@ def product(x: jax.Array, w: Any, interpret: bool = False) -> jax.Array:
     x = jnp.pad(x, ((0, -rows % 16), (0, 0)))
     apart = x.reshape(x.shape[0], size // w.block, 2, half)
     first, second = (apart[:, :, i].reshape(x.shape[0], size // 2) for i in range(2))
-    kernel = functools.partial(_product, tuple(map(float, four_bit(w.kind).values)), half)
+    kernel = functools.partial(_product, four_bit(w.kind).values, half)
     left = pl.BlockSpec((x.shape[0], deep // 2), lambda j, k: (0, k))
     made = pl.pallas_call(
         kernel,
@@ -67,14 +68,6 @@ def _product(values, half, first, second, codes, scales, out):
     wide = scale.shape[1]
     scale = jnp.broadcast_to(scale[:, None], (scale.shape[0], half, wide)).reshape(byte.shape)
     for x, code in ((first, byte >> 4), (second, byte & 15)):
-        numbers = (_looked_up(code, values) * scale).astype(jnp.bfloat16)
+        numbers = (blockwise.look_up(code, values) * scale).astype(jnp.bfloat16)
         once = jax.lax.Precision.DEFAULT  # both are bfloat16
         out[...] += jnp.dot(x[...], numbers, precision=once, preferred_element_type=jnp.float32)
-
-
-def _looked_up(code: jax.Array, values: tuple[float, ...]) -> jax.Array:
-    level: list[Any] = [jnp.float32(v) for v in values]
-    for bit in (1, 2, 4, 8):
-        odd = (code & bit) != 0
-        level = [jnp.where(odd, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-    return level[0]

@@ -20,8 +20,7 @@ ROWS = 32
 
 def dense(w: Any, columns: int = 128, warps: int = 4, interpret: bool = False) -> jax.Array:
     """The matrix [in, out] of a four-bit weight in the dtype it was made from, equal to `FourBit.dense`."""
-    kernel = functools.partial(_dense, w.kind, w.block // 2, interpret)
-    return _tiles(kernel, w, w.dense_dtype, (2 * w.codes.shape[0], w.codes.shape[1]), columns, warps, interpret)
+    return _made(w, None, w.dense_dtype, False, columns, warps, interpret)
 
 
 def eight_bits(
@@ -29,41 +28,31 @@ def eight_bits(
 ) -> jax.Array:
     """The numbers of a four-bit weight, those of column j divided by ``over`` float32[out], in int8 or fp8: [in, out],
     or [out, in]."""
-    shape = (2 * w.codes.shape[0], w.codes.shape[1])
-    kernel = functools.partial(_eight, w.kind, w.block // 2, transposed, columns, interpret)
-    return _tiles(kernel, w, dtype, shape[::-1] if transposed else shape, columns, warps, interpret, over)
+    return _made(w, over, dtype, transposed, columns, warps, interpret)
 
 
-def _tiles(kernel: Any, w: Any, dtype: Any, shape: tuple[int, ...], columns: int, warps: int, interpret: bool, *more):
+def _made(w: Any, over: Any, dtype: Any, transposed: bool, columns: int, warps: int, interpret: bool) -> jax.Array:
     bytes_, out = w.codes.shape
+    shape = (out, 2 * bytes_) if transposed else (2 * bytes_, out)
+    divided = () if over is None else (over,)
     return pl.pallas_call(
-        kernel,
+        functools.partial(_tile, w.kind, w.block // 2, transposed, columns, len(divided), interpret),
         grid=(bytes_ // ROWS, out // columns),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
         compiler_params=plgpu.CompilerParams(num_warps=warps),
         interpret=interpret,
         name="dense_four_bit",
-    )(*more, *_arrays(w))
+    )(*divided, *_arrays(w))
 
 
-def _dense(kind, half, interpret, codes, absmax, *rest):
-    *nested, out = rest
-    columns = out.shape[1] // pl.num_programs(1)
-    at, block = pl.program_id(0) * ROWS, jax.lax.div(pl.program_id(0) * ROWS, half)
-    start = at + block * half
-    over = pl.ds(pl.program_id(1) * columns, columns)
-    scale = _scale(block, over, absmax, *nested)
-    byte = codes[pl.ds(at, ROWS), over]
-    for first, high in ((start, True), (start + half, False)):
-        out[pl.ds(first, ROWS), over] = (_numbers(kind, byte, high, interpret) * scale[None]).astype(out.dtype)
-
-
-def _eight(kind, half, transposed, columns, interpret, over, codes, absmax, *rest):
-    *nested, out = rest
+def _tile(kind, half, transposed, columns, divided, interpret, *refs):
+    (*over, codes, absmax), (*nested, out) = refs[: 2 + divided], refs[2 + divided :]
     at, block = pl.program_id(0) * ROWS, jax.lax.div(pl.program_id(0) * ROWS, half)
     start = at + block * half
     across = pl.ds(pl.program_id(1) * columns, columns)
-    scale = _scale(block, across, absmax, *nested) / over[across]
+    scale = _scale(block, across, absmax, *nested)
+    if over:
+        scale /= over[0][across]
     byte = codes[pl.ds(at, ROWS), across]
     for first, high in ((start, True), (start + half, False)):
         tile = _numbers(kind, byte, high, interpret) * scale[None]
@@ -97,9 +86,8 @@ def product(
     return jnp.sum(parts, axis=0)[:rows]
 
 
-def _sums(kind, half, ahead, interpret, x, codes, absmax, *rest):
-    """Each thread sums its own rows of the matrix; they meet once, at the end."""
-    *nested, out = rest
+def _part(half: int, codes: Any, absmax: Any, nested: Any, out: Any) -> tuple[Any, ...]:
+    """What one program of a product has: its columns, how many tiles, the first of them, and what loads one."""
     columns = out.shape[2] // pl.num_programs(0)
     over = pl.ds(pl.program_id(0) * columns, columns)
     count = codes.shape[0] // ROWS // pl.num_programs(1)
@@ -108,6 +96,15 @@ def _sums(kind, half, ahead, interpret, x, codes, absmax, *rest):
     def load(turn):
         at = (begin + turn) * ROWS
         return codes[pl.ds(at, ROWS), over], _scale(jax.lax.div(at, half), over, absmax, *nested)
+
+    return over, count, begin, load
+
+
+def _sums(kind, half, ahead, interpret, x, codes, absmax, *rest):
+    """Each thread sums its own rows of the matrix; they meet once, at the end."""
+    *nested, out = rest
+    over, count, begin, load = _part(half, codes, absmax, nested, out)
+    columns = over.size
 
     def add(turn, sums, byte, scale):
         at = (begin + turn) * ROWS
@@ -133,14 +130,8 @@ def _sums(kind, half, ahead, interpret, x, codes, absmax, *rest):
 def _dot(kind, half, ahead, interpret, x, codes, absmax, *rest):
     """The matrix units, a block of codes at a time, scaled after the product."""
     *nested, out = rest
-    columns = out.shape[2] // pl.num_programs(0)
-    over = pl.ds(pl.program_id(0) * columns, columns)
-    count = codes.shape[0] // ROWS // pl.num_programs(1)
-    begin = pl.program_id(1) * count
-
-    def load(turn):
-        at = (begin + turn) * ROWS
-        return codes[pl.ds(at, ROWS), over], _scale(jax.lax.div(at, half), over, absmax, *nested)
+    over, count, begin, load = _part(half, codes, absmax, nested, out)
+    columns = over.size
 
     def turn(t, carry):
         total, *now = carry
@@ -177,33 +168,25 @@ def _numbers(kind: str, byte: jax.Array, high: bool, interpret: bool) -> jax.Arr
     """float32 of the high, or the low, four bits of each byte."""
     values = four_bit(kind).values
     if interpret:
-        return _looked_up(byte >> 4 if high else byte & 15, values)
-    text = ptx.float32(tuple(map(float, values)), high)
-    like = jax.ShapeDtypeStruct(byte.shape, jnp.float32)
-    return plgpu.elementwise_inline_asm(
-        text, args=[byte], constraints=ptx.CONSTRAINTS, pack=4, result_shape_dtypes=[like]
-    )[0]
+        return blockwise.look_up(byte >> 4 if high else byte & 15, values)
+    return _instructed(ptx.float32(tuple(map(float, values)), high), byte, jnp.float32)
 
 
 def _halves(kind: str, byte: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """float32 of the low and of the high four bits of each byte, rounded to bfloat16."""
     values = four_bit(kind).values
     if interpret:
-        rounded = [_looked_up(i, values).astype(jnp.bfloat16).astype(jnp.float32) for i in (byte & 15, byte >> 4)]
-        return rounded[0], rounded[1]
-    text = ptx.bfloat16_pairs(tuple(map(float, values)))
-    like = jax.ShapeDtypeStruct(byte.shape, jnp.int32)
-    word = plgpu.elementwise_inline_asm(
-        text, args=[byte], constraints=ptx.CONSTRAINTS, pack=4, result_shape_dtypes=[like]
-    )[0]
+        low, high = (blockwise.look_up(i, values).astype(jnp.bfloat16) for i in (byte & 15, byte >> 4))
+        return low.astype(jnp.float32), high.astype(jnp.float32)
+    word = _instructed(ptx.bfloat16_pairs(tuple(map(float, values))), byte, jnp.int32)
     low, high = word << 16, word & -65536
     return jax.lax.bitcast_convert_type(low, jnp.float32), jax.lax.bitcast_convert_type(high, jnp.float32)
 
 
-def _looked_up(index: jax.Array, values: Any) -> jax.Array:
-    """By selects of scalars, as kernels cannot hold a table."""
-    level = [jnp.float32(float(v)) for v in values]
-    for bit in (1, 2, 4, 8):
-        odd = (index & bit) != 0
-        level = [jnp.where(odd, high, low) for low, high in zip(level[::2], level[1::2], strict=True)]
-    return level[0]
+def _instructed(text: str, byte: jax.Array, dtype: Any) -> jax.Array:
+    """What machine instructions of `ptx` make of each byte."""
+    like = jax.ShapeDtypeStruct(byte.shape, dtype)
+    made = plgpu.elementwise_inline_asm(
+        text, args=[byte], constraints=ptx.CONSTRAINTS, pack=4, result_shape_dtypes=[like]
+    )
+    return made[0]

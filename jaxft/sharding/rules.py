@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.core import tree
 from jaxft.core.many import Many
-from jaxft.core.weight import STATIC, Split, Weight, role
+from jaxft.core.weight import STATIC, Split, Weight, is_packed, role
 
 Axes = tuple[str | None, ...]
 
@@ -116,11 +116,7 @@ def _gathered(layer: tree.Params, mesh: Mesh, rules: Mapping[str, str | None]) -
         return dataclasses.replace(w, **changed)
 
     def one(path: str, w: Any) -> Any:
-        packs = any(map(_is_packed, jax.tree.leaves(w, is_leaf=_is_packed)))
+        packs = any(map(is_packed, jax.tree.leaves(w, is_leaf=is_packed)))
         return bytes_of(w, logical(f"layers/{path}")[1:]) if packs else w
 
     return tree.map_weights(one, layer)
-
-
-def _is_packed(w: Any) -> bool:
-    return isinstance(w, Weight) and w.packed

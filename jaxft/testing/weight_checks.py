@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxft.core import tree, verbs
 from jaxft.core import weight as weights
-from jaxft.core.weight import Affine, Weight
+from jaxft.core.weight import Affine, Weight, is_packed
 from jaxft.testing.claims import Broken, require, same
 from jaxft.testing.subject import F32, LAYERS, Subject, split, trained
 
@@ -221,7 +221,7 @@ def merging_numbers_that_are_not_finite_is_refused(s: Subject) -> None:
 def cast_leaves_adapters_alone(s: Subject) -> None:
     """Casting the model casts its bases and biases, never what a method added."""
     half = tree.cast({"w": s.stack}, jnp.bfloat16)["w"]
-    packed = any(isinstance(w, Weight) and w.packed for w in _within(s.stack))
+    packed = any(is_packed(w) for w in _within(s.stack))
     require(packed or half.dtype == jnp.bfloat16, f"the base stays {half.dtype}")
     own = _model_paths(s.stack)
     for (path, was), (_, now) in zip(tree.paths(s.stack), tree.paths(half), strict=True):
