@@ -135,9 +135,9 @@ def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
 
 def scorer(config: RunConfig, base: Model, how: Execution, differs: tree.Params | None = None) -> score.Score:
     """What the objective asks of the model, and what it can report besides; ``differs``: of a sweep's members."""
-    objective = OBJECTIVES[config.objective.name]
+    asked = OBJECTIVES[config.objective.name].asked(config.objective.value)
     dtype = base.params["embed"]["tokens"].dtype
-    needs, alpha = (*objective.needs, *objective.reports), config.train.neftune_alpha
+    needs, alpha = (*asked.needs, *asked.reports), config.train.neftune_alpha
     if differs is not None:
         return members.make_score(base.config, needs, differs, dtype=dtype, execution=how, neftune_alpha=alpha)
     return score.make_score(base.config, needs, dtype=dtype, execution=how, neftune_alpha=alpha)
@@ -188,10 +188,12 @@ def first_state(
     method: Callable[[tree.Params], Any],
 ) -> tuple[TrainState, TrainState | None]:
     """The state before the first step, and its shardings; ``method``: `Hooks.start`."""
-    reference = "reference" in OBJECTIVES[config.objective.name].views
+    objective, settings = OBJECTIVES[config.objective.name], config.objective.value
+    reference, carry = "reference" in objective.asked(settings).views, objective.carry(settings)
     places = None
     if mesh is not None or config.optim.offload:
-        shapes = state.abstract(parts.trainable, optimizer, key, reference, jax.eval_shape(method, parts.trainable))
+        own = jax.eval_shape(method, parts.trainable)
+        shapes = state.abstract(parts.trainable, optimizer, key, reference, carry, own)
         alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         whole = alone if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         ours = jax.tree.map(lambda _: alone, parts.trainable) if mesh is None else parts.shardings
@@ -200,7 +202,7 @@ def first_state(
             paged.check(jax.local_devices()[0], "optim.offload=true")
             places = places._replace(opt_state=paged.places(shapes.opt_state, places.opt_state))
     own = method(parts.trainable)
-    return state.create(parts.trainable, optimizer, key, reference, method_state=own, shardings=places), places
+    return state.create(parts.trainable, optimizer, key, reference, carry, own, places), places
 
 
 def virtual(config: RunConfig) -> dict[str, int]:

@@ -70,7 +70,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     eval_step = sweep.make_eval_step(objective, settings, score, len(runs))
     if material.held_out is not None:
         batch = prefetch.split(material.train.batch(0), config.train.accumulate)
-        job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch))
+        job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch, first.carry))
     ledger = Ledger([member.folder for member in runs], config.log.every, material.steps)
 
     def evaluators(folder: Path) -> list[Evaluator]:

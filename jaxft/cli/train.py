@@ -121,7 +121,7 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
     eval_step = step.make_eval_step(objective, settings, score)
     if material.held_out is not None:
         batch = prefetch.split(material.train.batch(0), config.train.accumulate)
-        job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch))
+        job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch, first.carry))
 
     def evaluators(folder: Path) -> list[Evaluator]:
         found = []

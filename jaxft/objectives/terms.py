@@ -7,7 +7,7 @@ the loss, with any mix of terms.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +30,66 @@ class Mean(NamedTuple):
 Means = dict[str, Mean]
 
 
+Named = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
+"""Names, or a function from an objective's settings to names."""
+
+
+def _nothing(config: Any) -> Carry:
+    return {}
+
+
+def _still(config: Any) -> "Follow | None":
+    return None
+
+
+class Follow(NamedTuple):
+    """A reference that moves: every ``steps`` steps it becomes ``mixup`` times the policy plus the rest of itself."""
+
+    mixup: float
+    steps: int
+
+
 @dataclass(frozen=True)
 class Objective(Generic[C]):
-    """One row of `OBJECTIVES`: a pure function on arrays and what it asks of the models."""
+    """One row of `OBJECTIVES`: a pure function on arrays and what it asks of the models and of the data."""
 
     config: type[C]
     fn: Callable[[C, Scores, Batch, Carry], tuple[Means, Means]]
     """``fn(config, scores, batch, carry) -> (loss terms, metrics)``. A term's weight depends on ``batch`` alone."""
-    needs: tuple[str, ...] = ("logp",)
+    needs: Named = ("logp",)
     """Names of the per-token scores that must be there."""
-    reports: tuple[str, ...] = ()
+    reports: Named = ()
     """Names of scores turned into metrics where they are there."""
-    views: tuple[str, ...] = ("policy",)
-    """Parameter sets that are scored; ``reference`` is the trainable tree as the stage began."""
+    views: Named = ("policy",)
+    """Parameter sets that are scored, in this order; ``reference`` is the trainable tree as the stage began."""
+    rows: Literal["tokens", "pairs", "labelled", "steps"] = "tokens"
+    """What a row of the batch holds: running text, pairs of a chosen and a rejected sequence, sequences with a label
+    each, or sequences whose steps have one."""
+    asides: Named = ()
+    """Prefixes of batch arrays (``kl``: ``kl_tokens``, ...) that every view scores without a gradient, for
+    ``annotate``: ``scores["policy/kl"]``."""
+    annotate: Callable[[C, Scores, Batch, Carry], tuple[dict[str, jax.Array], Carry]] | None = None
+    """What couples the rows of a batch, or runs from step to step: ``(config, scores, batch, carry) -> (arrays [rows,
+    ...] to add to the batch, the next carry)``. It sees the whole batch of a step, all micro-batches, and scores
+    without a gradient; ``fn`` then sees what it returned."""
+    carry: Callable[[C], Carry] = _nothing
+    """The running quantities before the first step: float32 scalars."""
+    follow: Callable[[C], Follow | None] = _still
+    """How the reference moves; None: it does not."""
+
+    def asked(self, config: C) -> "Asked":
+        """What it asks for with these settings."""
+        found = (self.needs, self.reports, self.views, self.asides)
+        return Asked(*(names(config) if callable(names) else names for names in found))
+
+
+class Asked(NamedTuple):
+    """See `Objective`."""
+
+    needs: tuple[str, ...]
+    reports: tuple[str, ...]
+    views: tuple[str, ...]
+    asides: tuple[str, ...]
 
 
 def masked(x: jax.Array, keep: jax.Array) -> Mean:
@@ -56,6 +103,18 @@ def masked(x: jax.Array, keep: jax.Array) -> Mean:
         raise ValueError(f"masked sum: values have shape {x.shape}, the mask {keep.shape}; expected equal shapes")
     total = jnp.sum(jnp.where(keep, x, jnp.zeros((), x.dtype)), dtype=jnp.float32)
     return Mean(total, jnp.sum(keep, dtype=jnp.float32))
+
+
+def by_sequence(x: jax.Array, keep: jax.Array, segments: jax.Array, count: int) -> jax.Array:
+    """Sum over each of a row's sequences: float32[B, count].
+
+    Args:
+      x: float32[B, T].
+      keep: bool[B, T]; what stands where it is False, NaN included, has no effect and no gradient.
+      segments: int32[B, T], the sequence of each token, from 1; 0 is padding.
+    """
+    x = jnp.where(keep, x, jnp.zeros((), x.dtype)).astype(jnp.float32)
+    return jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=count + 1))(x, segments)[:, 1:]
 
 
 def add(a: Means, b: Means) -> Means:

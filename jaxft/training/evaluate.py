@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxft.core import tree
 from jaxft.objectives import terms
-from jaxft.objectives.terms import Batch, Means
+from jaxft.objectives.terms import Means
 from jaxft.training import prefetch
 from jaxft.training.config import EvalConfig
 from jaxft.training.prefetch import Host, Place
 from jaxft.training.state import TrainState
+from jaxft.training.step import Frozen
 
 Evaluator = Callable[[int, TrainState], Mapping[str, float]]
 """``(step, state) -> metrics``; the state's trainable arrays are those to evaluate (schedule-free's average)."""
@@ -22,8 +22,8 @@ LARGEST_EXPONENT = 700.0  # exp of more is no float
 
 
 def held_out(
-    eval_step: Callable[[tree.Params, Any, tree.Params, Batch], Means],
-    frozen: tree.Params,
+    eval_step: Callable[..., Means],
+    frozen: Frozen,
     batches: Callable[[], Iterable[Host]],
     place: Place,
     config: EvalConfig,
@@ -35,8 +35,8 @@ def held_out(
 
 
 def measure(
-    eval_step: Callable[[tree.Params, Any, tree.Params, Batch], Means],
-    frozen: tree.Params,
+    eval_step: Callable[..., Means],
+    frozen: Frozen,
     batches: Callable[[], Iterable[Host]],
     place: Place,
     config: EvalConfig,
@@ -48,7 +48,7 @@ def measure(
         sums: Means | None = None
         for host in itertools.islice(batches(), config.batches):
             batch = place(prefetch.split(host, accumulate))
-            more = eval_step(state.trainable, state.start, frozen, batch)
+            more = eval_step(state.trainable, state.start, frozen, batch, state.carry)
             sums = more if sums is None else terms.add(sums, more)
         if sums is None:
             raise ValueError("eval: there are no held-out batches; leave evaluation out or give data for it")

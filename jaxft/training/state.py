@@ -48,6 +48,7 @@ def create(
       trainable: floating arrays and ``None`` holes; cast to float32.
       key: one, or [members]: the states of several runs, stacked (`sweep`).
       reference: keep a copy of the start, for an objective with a ``reference`` view.
+      carry: the objective's running quantities before the first step, scalars.
       shardings: a state of shardings (see `shardings`), or None for the default device.
     """
     bad = [path for path, leaf in tree.paths(trainable) if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
@@ -55,13 +56,15 @@ def create(
         raise ValueError(f"cannot train integer arrays: {', '.join(bad[:8])}; expected floating dtypes")
 
     def init(trainable, key, carry, method_state):
+        carry = {name: jnp.broadcast_to(value, key.shape) for name, value in carry.items()}
         values = jax.tree.map(lambda a: a.astype(jnp.float32), trainable)
         start = values if reference else None
         return TrainState(
             jnp.zeros(key.shape, jnp.int32), values, start, optimizer.init(values), carry, method_state, key
         )
 
-    return jax.jit(init, out_shardings=shardings)(trainable, key, dict(carry or {}), method_state)
+    carry = {name: jnp.float32(value) for name, value in (carry or {}).items()}
+    return jax.jit(init, out_shardings=shardings)(trainable, key, carry, method_state)
 
 
 def steps_taken(state: TrainState) -> int:
@@ -74,11 +77,12 @@ def abstract(
     optimizer: Optimizer,
     key: jax.Array,
     reference: bool = False,
+    carry: Mapping[str, jax.Array] | None = None,
     method_state: Any = None,
 ) -> TrainState:
     """Shapes and dtypes of `create`'s result, without making it. The arguments may hold shapes."""
     return jax.eval_shape(
-        lambda t, k, m: create(t, optimizer, k, reference, method_state=m), trainable, key, method_state
+        lambda t, k, m: create(t, optimizer, k, reference, carry, method_state=m), trainable, key, method_state
     )
 
 

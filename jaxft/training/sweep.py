@@ -72,12 +72,14 @@ def make_step(
     return step_.compiled(step, shardings)
 
 
-def make_eval_step(
-    objective: Objective, config: Any, score: Score, members: int
-) -> Callable[[tree.Params, tree.Params | None, tree.Params, Batch], Means]:
+def make_eval_step(objective: Objective, config: Any, score: Score, members: int) -> Callable[..., Means]:
     """`step.make_eval_step` of all members, on the same rows: sums are [members]."""
     made = step_.make_eval_step(objective, config, score, jax.vmap)
-    return jax.jit(lambda trainable, start, frozen, batch: made(trainable, start, frozen, spread(batch, members)))
+    return jax.jit(
+        lambda trainable, start, frozen, batch, carry=None: made(
+            trainable, start, frozen, spread(batch, members), carry
+        )
+    )
 
 
 def spread(batch: Batch, members: int, own_order: bool = False) -> Batch:
