@@ -1,0 +1,278 @@
+r"""How far a student's next-token distribution is from a teacher's, chunk by chunk: neither model's [B, T, V] exists.
+
+With T the teacher's distribution, S the student's and a temperature in both softmaxes,
+
+.. math::
+    \text{forward\_kl} &= KL(T \| S), \quad \text{reverse\_kl} = KL(S \| T), \quad
+    \text{tvd} = \tfrac12 \textstyle\sum_v |T_v - S_v| \\
+    \text{jsd} &= \beta\, KL(T \| M) + (1 - \beta)\, KL(S \| M), \quad M = \beta T + (1 - \beta) S \\
+    \text{skew\_forward\_kl} &= KL(T \| \alpha T + (1 - \alpha) S), \quad
+    \text{skew\_reverse\_kl} = KL(S \| \alpha S + (1 - \alpha) T) \\
+    \text{uld} &= \textstyle\sum_i |T_{(i)} - S_{(i)}| \quad \text{of probabilities in order of size}
+
+jsd: Agarwal et al. 2024, eq. 1 (arXiv:2306.13649); 0 and 1 for its beta mean forward and reverse KL, js is beta = 1/2.
+Skew: Ko et al. 2024, eq. 3 (arXiv:2402.03898). uld, which needs no common vocabulary: Boizard et al. 2024, eq. 3
+(arXiv:2402.12030). Unusual: as in trl, nothing is multiplied by the squared temperature (Hinton et al. 2015, sec. 2.1),
+so that the gradient falls with it.
+
+Of a teacher's K likeliest tokens alone, what is compared is K of the vocabulary and one bucket for all the rest, or
+those K as if there were no others.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.models import heads
+from jaxft.models.config import ModelConfig
+
+Name = Literal["forward_kl", "reverse_kl", "js", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl", "uld"]
+GRADIENTS = ("logp", "divergence")  # what may be differentiated, if asked
+REPORTS = ("agreement", "teacher_entropy")
+NEEDS = (*GRADIENTS, *REPORTS, *heads.METRICS)
+LEAST = -100.0  # a log-probability that is 0 in float32
+LEAST_REST = 2.0**-23  # of a teacher whose K likeliest tokens sum to 1 as far as float32 can tell
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which, and how it is made."""
+
+    name: Name = "forward_kl"
+    beta: float = 0.5
+    """Share of the teacher in the mixture of ``jsd``."""
+    skew: float = 0.1
+    """Share of the first distribution in the second, alpha, in the skewed ones."""
+    temperature: float = 1.0
+    """What both models' logits are divided by; stored log-probabilities have it already."""
+    rest: Literal["bucket", "none"] = "bucket"
+    """What is done about tokens that are not among the stored: one bucket for all, or as if there were none."""
+
+    def __call__(self, t: jax.Array, s: jax.Array) -> jax.Array:
+        """From log-probabilities float32[..., V] of teacher and student: float32[...], nats (tvd and uld: no unit).
+
+        For ``uld`` they are probabilities in order of size."""
+        return MEASURES[self.name](self, t, s)
+
+
+def kl(p: jax.Array, q: jax.Array) -> jax.Array:
+    """KL of log-probabilities, float32[..., V] -> float32[...]."""
+    return jnp.sum(jnp.exp(p) * (p - q), -1)
+
+
+def mixture(p: jax.Array, q: jax.Array, share: float) -> jax.Array:
+    """Log-probabilities of ``share`` of p and the rest of q."""
+    if share in (0.0, 1.0):
+        return p if share else q
+    return jnp.logaddexp(p + jnp.log(jnp.float32(share)), q + jnp.log1p(-jnp.float32(share)))
+
+
+def jsd(t: jax.Array, s: jax.Array, beta: float) -> jax.Array:
+    """The generalised Jensen-Shannon divergence; at the ends of beta, where it would be 0, forward and reverse KL."""
+    if beta in (0.0, 1.0):
+        return kl(s, t) if beta else kl(t, s)
+    m = mixture(t, s, beta)
+    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+
+MEASURES: dict[str, Callable[[Divergence, jax.Array, jax.Array], jax.Array]] = {
+    "forward_kl": lambda _, t, s: kl(t, s),
+    "reverse_kl": lambda _, t, s: kl(s, t),
+    "js": lambda _, t, s: jsd(t, s, 0.5),
+    "jsd": lambda how, t, s: jsd(t, s, how.beta),
+    "tvd": lambda _, t, s: 0.5 * jnp.sum(jnp.abs(jnp.exp(t) - jnp.exp(s)), -1),
+    "skew_forward_kl": lambda how, t, s: kl(t, mixture(t, s, how.skew)),
+    "skew_reverse_kl": lambda how, t, s: kl(s, mixture(s, t, how.skew)),
+    "uld": lambda _, t, s: jnp.sum(jnp.abs(t - s), -1),
+}
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Statistics of a chunk (see `heads.Statistics`); all but the divergence are of the student at temperature 1."""
+
+    divergence: Divergence
+    needs: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+    def _own(self, y: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        names = tuple(n for n in self.needs if n in heads.NEEDS)
+        return heads.TokenScores(names)(y, labels) if names else {}
+
+
+@dataclass(frozen=True)
+class _Live(_Compared):
+    """``rows``: labels and the teacher's hidden states; its head is the other one."""
+
+    teacher: ModelConfig
+    vocabulary: int
+    """The ids from 0 that the two have in common; for ``uld`` the larger number of them."""
+
+    def _measured(self, y: jax.Array) -> jax.Array:
+        """Log-probabilities of what is common; for ``uld`` all probabilities in order of size, and 0 for as many
+        tokens as the other model has more."""
+        if self.divergence.name != "uld":
+            return jax.nn.log_softmax(y[..., : self.vocabulary] / self.divergence.temperature)
+        p = jnp.sort(jax.nn.softmax(y / self.divergence.temperature), -1)
+        return jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(self.vocabulary - p.shape[-1], 0)])
+
+    def given(self, other: Any, rows: tuple[jax.Array, jax.Array]) -> Any:
+        labels, hidden = rows
+        return labels, self._measured(heads.logits(self.teacher, other, hidden))
+
+    def __call__(self, y: jax.Array, given: Any) -> dict[str, jax.Array]:
+        labels, t = given
+        out = self._own(y, labels)
+        if "divergence" in self.needs:
+            out["divergence"] = self.divergence(t, self._measured(y))
+        if "agreement" in self.needs:
+            own = jnp.argmax(y[..., : self.vocabulary], -1)
+            out["agreement"] = (own == jnp.argmax(t, -1)).astype(jnp.float32)
+        if "teacher_entropy" in self.needs:
+            out["teacher_entropy"] = -jnp.sum(jnp.exp(t) * t, -1)
+        return out
+
+
+@dataclass(frozen=True)
+class _Stored(_Compared):
+    """``rows``: labels, and the teacher's likeliest tokens with their log-probabilities, [..., K]."""
+
+    def given(self, other: None, rows: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        labels, ids, logp = rows
+        t = jnp.maximum(logp.astype(jnp.float32), LEAST)
+        if self.divergence.rest == "bucket":
+            rest = jnp.maximum(1 - jnp.sum(jnp.exp(t), -1, keepdims=True), LEAST_REST)
+            t = jnp.concatenate([t, jnp.log(rest)], -1)
+        return labels, ids, jax.nn.log_softmax(t)
+
+    def __call__(self, y: jax.Array, given: Any) -> dict[str, jax.Array]:
+        labels, ids, t = given
+        out = self._own(y, labels)
+        if "divergence" in self.needs:
+            scaled = y / self.divergence.temperature
+            s = jnp.take_along_axis(scaled, ids, -1)
+            if self.divergence.rest == "bucket":
+                # not 1 minus the others, which has no digits left where the student is sure
+                others = jnp.put_along_axis(scaled, ids, -jnp.inf, axis=-1, inplace=False)
+                s = jnp.concatenate([s, jax.nn.logsumexp(others, -1, keepdims=True)], -1)
+            out["divergence"] = self.divergence(t, jax.nn.log_softmax(s))
+        if "agreement" in self.needs:
+            best = jnp.take_along_axis(ids, jnp.argmax(t[..., : ids.shape[-1]], -1, keepdims=True), -1)
+            out["agreement"] = (jnp.argmax(y, -1) == best[..., 0]).astype(jnp.float32)
+        if "teacher_entropy" in self.needs:
+            out["teacher_entropy"] = -jnp.sum(jnp.exp(t) * t, -1)
+        return out
+
+
+def token_scores(
+    divergence: Divergence,
+    config: ModelConfig,
+    head: Any,
+    x_BTD: jax.Array,
+    labels_BT: jax.Array,
+    teacher: tuple[ModelConfig, Any, jax.Array],
+    needs: tuple[str, ...] = ("divergence",),
+    *,
+    reports: tuple[str, ...] = (),
+    vocabulary: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """`heads.token_scores` with the divergence of the student from a teacher, float32[B, T] each.
+
+    Args:
+      head, x_BTD, labels_BT: the student's, as there.
+      teacher: config, head and hidden states [B, T, D of its own]; none of it gets a gradient.
+      needs: what is differentiated, of ``logp`` and ``divergence``: each costs a product with the head.
+      reports: what is not: names of `heads.NEEDS`; agreement (1 where both find the same token likeliest) and
+        teacher_entropy (nats, at the temperature).
+      vocabulary: compare the first so many ids, where the tokenizers agree and one model has rows of padding.
+
+    Raises ValueError for other needs, and for vocabularies of different sizes where nothing says what they share."""
+    sizes = config.vocab_size, teacher[0].vocab_size
+    if divergence.name == "uld":
+        if refused := set(reports) & set(REPORTS):
+            raise ValueError(f"reports: got {sorted(refused)}; divergence=uld compares no token with another")
+        vocabulary = max(sizes)
+    elif vocabulary is None and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"vocabulary: the student has {sizes[0]} tokens, the teacher {sizes[1]}; expected equal numbers, or to be "
+            "told how many ids from 0 mean the same in both (divergence=uld compares different tokenizers)"
+        )
+    elif vocabulary is not None and not 0 < vocabulary <= min(sizes):
+        raise ValueError(f"vocabulary: got {vocabulary}; expected 1 to {min(sizes)}, the smaller model's")
+    ask = _Live(divergence, *_asked(needs, reports), teacher[0], vocabulary or sizes[0])
+    rows = (labels_BT, jax.lax.stop_gradient(teacher[2]))
+    return heads.over_chunks(ask, config, head, x_BTD, rows, teacher[:2], mesh)
+
+
+def token_scores_stored(
+    divergence: Divergence,
+    config: ModelConfig,
+    head: Any,
+    x_BTD: jax.Array,
+    labels_BT: jax.Array,
+    teacher: tuple[jax.Array, jax.Array],
+    needs: tuple[str, ...] = ("divergence",),
+    *,
+    reports: tuple[str, ...] = (),
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """`token_scores` from what was kept of a teacher: ``teacher`` is the ids int32[B, T, K] of the K likeliest tokens
+    after each hidden state, all different, and their log-probabilities at ``divergence.temperature``, floating
+    [B, T, K].
+
+    Raises ValueError for other needs, for ``uld``, and for a K that leaves no rest."""
+    ids, logp = teacher
+    if divergence.name == "uld":
+        raise ValueError("divergence: got uld with a stored teacher; expected one that compares token by token")
+    if divergence.rest == "bucket" and ids.shape[-1] >= config.vocab_size:
+        raise ValueError(f"teacher_ids: {ids.shape[-1]} of {config.vocab_size} tokens leave no rest; expected fewer")
+    ask = _Stored(divergence, *_asked(needs, reports))
+    return heads.over_chunks(ask, config, head, x_BTD, (labels_BT, ids, jax.lax.stop_gradient(logp)), None, mesh)
+
+
+def _asked(needs: tuple[str, ...], reports: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All that is asked, and what of it is differentiated."""
+    everything = tuple(dict.fromkeys((*needs, *reports)))
+    for what, names, known in (("needs", needs, GRADIENTS), ("reports", reports, NEEDS)):
+        unknown = [n for n in names if n not in known]
+        if unknown:
+            raise ValueError(f"{what}: got {unknown}; expected names among {known}")
+    return everything, tuple(needs)
+
+
+@dataclass(frozen=True)
+class _Top:
+    """The likeliest tokens, of which nothing is differentiated."""
+
+    count: int
+    temperature: float
+    needs: tuple[str, ...] = ("ids", "logp")
+    gradients: tuple[str, ...] = ()
+
+    def given(self, other: None, rows: None) -> None:
+        return None
+
+    def __call__(self, y: jax.Array, given: None) -> dict[str, jax.Array]:
+        best, ids = jax.lax.top_k(y, self.count)
+        lse = jax.nn.logsumexp(y / self.temperature, -1, keepdims=True)
+        return {"ids": ids, "logp": best / self.temperature - lse}
+
+
+def top(
+    config: ModelConfig,
+    head: Any,
+    x_BTD: jax.Array,
+    count: int,
+    *,
+    temperature: float = 1.0,
+    mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """The ``count`` likeliest next tokens after each hidden state, likeliest first: ids int32 and logp float32, both
+    [B, T, count]. Raises ValueError for a count that is not below the vocabulary's size."""
+    if not 0 < count < config.vocab_size:
+        raise ValueError(f"top_k: got {count}; expected 1 to {config.vocab_size - 1}, fewer than the vocabulary")
+    return heads.over_chunks(_Top(count, temperature), config, head, x_BTD, None, None, mesh)
