@@ -73,13 +73,12 @@ def forward(
 
     ``positions`` int32[B, T] restart in each document (the default); ``segments`` int32[B, T] number the documents
     of a row from 1, 0 is padding; None promises one document per row with any padding on the right. With a cache the
-    T tokens follow what it holds. ``capture=("layers",)`` also returns every layer's output, [L, B, T, D].
+    T tokens follow what it holds. ``capture``: what is also returned, by name: ``layers``, every layer's output [L, B,
+    T, D], or ``layers/3``, that of one (from 0), [B, T, D].
     ``noise`` is added to the embeddings of tokens (NEFTune). With a prompt of n rows in ``params``, positions 0..n-1 of
     each document are the prompt's, whatever their tokens; with neither segments nor cache they are added here, and
     only the T given ones returned. ``tasks`` int32[B, T]: the task of each token's document, for a multitask prompt."""
-    refused = set(capture) - {"layers"}
-    if refused:
-        raise ValueError(f"capture: got {sorted(refused)}; expected a subset of ['layers']")
+    wanted = _captured(config, capture)
     if positions_BT is None:
         positions_BT = restarting(tokens_BT, segments_BT)
     added = slots.prompt_length(params) if segments_BT is None and cache is None else 0
@@ -91,9 +90,22 @@ def forward(
     x_BTD = embed(config, params, tokens_BT, positions_BT, segments_BT, **how)
     positions_BT = positions_BT + slots.prefix_length(params)
     context = _Context(config, execution, positions_BT, segments_BT, cache)
-    x_BTD, cache, outputs = _layers(context, slots.layers(params, x_BTD.dtype), x_BTD, bool(capture))
-    captured = {} if outputs is None else {"layers": outputs[:, :, added:]}
+    x_BTD, cache, outputs = _layers(context, slots.layers(params, x_BTD.dtype), x_BTD, wanted)
+    captured = {}
+    for name in capture:
+        found = outputs if name == "layers" else outputs[wanted.index(int(name.removeprefix("layers/")))]
+        captured[name] = found[..., added:, :]
     return norm(config, params["final_norm"], x_BTD[:, added:]), cache, captured
+
+
+def _captured(config: ModelConfig, capture: tuple[str, ...]) -> tuple[int, ...]:
+    """The layers whose outputs are asked for, in order."""
+    known = {f"layers/{i}": i for i in range(config.num_layers)}
+    refused = set(capture) - {"layers", *known}
+    if refused:
+        last = config.num_layers - 1
+        raise ValueError(f"capture: got {sorted(refused)}; expected 'layers', or 'layers/0' to 'layers/{last}'")
+    return tuple(known.values()) if "layers" in capture else tuple(sorted({known[name] for name in capture}))
 
 
 def embed(
@@ -193,8 +205,8 @@ class _Context:
             self.k_positions_BS, self.k_segments_BS = self.cache["positions"], self.cache["segments"]
 
 
-def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bool):
-    """All layers, scanned by period or unrolled: (x, cache, outputs[L, B, T, D] or None)."""
+def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: tuple[int, ...]):
+    """All layers, scanned by period or unrolled: (x, cache, outputs[len(capture), B, T, D] or None)."""
     config, execution = context.config, context.execution
     split = any(isinstance(a, Split) for a in jax.tree.leaves(stack, is_leaf=lambda a: isinstance(a, Split)))
     unroll = execution.unroll or split or config.period == config.num_layers  # a loop of one turn is none
@@ -210,26 +222,29 @@ def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: bo
     if unroll:
         for i, kind in enumerate(config.layers):
             x_BTD, held = one(kind)(x_BTD, tree.layer(stack, i), held, i)
-            outputs.append(x_BTD)
+            outputs += [x_BTD] if i in capture else []
         return x_BTD, held, jnp.stack(outputs) if capture else None
 
     period = config.period
     sliced, whole = tree.hold_shared(stack)
+    # a place for each that is asked for, and one that all others overwrite
+    kept = jnp.zeros((len(capture) + 1, *x_BTD.shape), x_BTD.dtype) if capture else None
+    places = jnp.array([capture.index(i) if i in capture else len(capture) for i in range(config.num_layers)])
 
     def block(carry, inputs):
-        (x, cached), (part, i) = carry, inputs
+        (x, cached, kept), (part, i) = carry, inputs
         p = whole(part)
-        ys = []
         for j, kind in enumerate(config.layers[:period]):
-            x, cached = one(kind)(x, tree.layer(p, j) if period > 1 else p, cached, i * period + j)
-            ys.append(x)
-        return (x, cached), (jnp.stack(ys) if capture else None)
+            at = i * period + j
+            x, cached = one(kind)(x, tree.layer(p, j) if period > 1 else p, cached, at)
+            kept = kept if kept is None else jax.lax.dynamic_update_index_in_dim(kept, x, places[at], 0)
+        return (x, cached, kept), None
 
     blocks = config.num_layers // period
     if period > 1:
         sliced = jax.tree.map(lambda a: a.reshape(blocks, period, *a.shape[1:]), sliced)
-    (x_BTD, held), ys = jax.lax.scan(block, (x_BTD, held), (sliced, jnp.arange(blocks)))
-    return x_BTD, held, None if ys is None else ys.reshape(config.num_layers, *x_BTD.shape)
+    (x_BTD, held, kept), _ = jax.lax.scan(block, (x_BTD, held, kept), (sliced, jnp.arange(blocks)))
+    return x_BTD, held, None if kept is None else kept[:-1]
 
 
 def _remat(body, policy: Remat, prevent_cse: bool):

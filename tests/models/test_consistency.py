@@ -211,3 +211,27 @@ def test_capture_returns_every_layer():
     assert bool(jnp.all(decoder.norm(loaded.config, loaded.params["final_norm"], captured["layers"][-1]) == hidden))
     with pytest.raises(ValueError, match="attention"):
         decoder.forward(loaded.config, loaded.params, batch, capture=("attention",))
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["scan", "unrolled"])
+def test_capture_of_some_layers(unroll):
+    """Those of all layers, with the gradient that flows back from each into the layers before it and no others."""
+    _, loaded = pair("smollm3")
+    batch = jnp.asarray(tokens(2, LENGTH))
+
+    def run(params, names):
+        how = decoder.Execution(unroll=unroll, remat="full")
+        captured = decoder.forward(loaded.config, params, batch, capture=names, execution=how)[2]
+        if "layers" in names:
+            captured = {f"layers/{i}": captured["layers"][i] for i in (2, 1)}
+        return sum(jnp.sum(jnp.sin(captured[f"layers/{i}"])) for i in (2, 1)), captured
+
+    both = [jax.jit(jax.grad(run, has_aux=True), static_argnums=1)(loaded.params, n) for n in WAYS]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), *both)  # of order ten
+    by_layer = np.abs(both[0][0]["layers"]["attn"]["v"]).max(axis=(1, 2))
+    assert (by_layer[:3] > 1e-4).all() and by_layer[3] == 0
+    with pytest.raises(ValueError, match="layers/4"):
+        decoder.forward(loaded.config, loaded.params, batch, capture=("layers/4",))
+
+
+WAYS = (("layers/2", "layers/1"), ("layers",))
