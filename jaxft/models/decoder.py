@@ -205,7 +205,9 @@ class _Context:
             self.k_positions_BS, self.k_segments_BS = self.cache["positions"], self.cache["segments"]
 
 
-def _layers(context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: tuple[int, ...]):
+def _layers(
+    context: _Context, stack: tree.Params, x_BTD: jax.Array, capture: tuple[int, ...]
+) -> tuple[jax.Array, Cache | None, Any]:
     """All layers, scanned by period or unrolled: (x, cache, outputs[len(capture), B, T, D] or None)."""
     config, execution = context.config, context.execution
     split = any(isinstance(a, Split) for a in jax.tree.leaves(stack, is_leaf=lambda a: isinstance(a, Split)))

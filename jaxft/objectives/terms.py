@@ -117,6 +117,31 @@ def by_sequence(x: jax.Array, keep: jax.Array, segments: jax.Array, count: int) 
     return jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=count + 1))(x, segments)[:, 1:]
 
 
+def counterparts(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """For each target token the teacher's token of the same number among the targets of the same sequence.
+
+    ``batch``: loss_mask bool[B, T] and the teacher's own teacher_loss_mask bool[B, W], maybe with segments and
+    teacher_segments (without: a row is one sequence). Returns the places int32[B, T] in the teacher's rows, and
+    bool[B, T], True where there is such a token: the longer of two completions ends with targets that have none."""
+
+    def numbered(prefix: str) -> tuple[jax.Array, jax.Array]:
+        mask = batch[f"{prefix}loss_mask"]
+        segments = batch[f"{prefix}segments"] if f"{prefix}segments" in batch else jnp.ones(mask.shape, jnp.int32)
+        before = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
+        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        number = before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+        return mask, segments * jnp.int32(longest) + number
+
+    longest = max(batch["loss_mask"].shape[1], batch["teacher_loss_mask"].shape[1])
+    (mask, wanted), (there, held) = numbered(""), numbered("teacher_")
+    held = jnp.where(there, held, jnp.iinfo(jnp.int32).max)
+    order = jnp.argsort(held, axis=1)
+    held = jnp.take_along_axis(held, order, axis=1)
+    at = jnp.minimum(jax.vmap(jnp.searchsorted)(held, wanted), held.shape[1] - 1)
+    found = mask & (jnp.take_along_axis(held, at, axis=1) == wanted)
+    return jnp.take_along_axis(order, at, axis=1), found
+
+
 def add(a: Means, b: Means) -> Means:
     """Sums of two sets with the same names: the means over both."""
     return {name: Mean(a[name].total + b[name].total, a[name].weight + b[name].weight) for name in a}

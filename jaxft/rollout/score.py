@@ -55,30 +55,62 @@ def make_forward(
     """``forward(params, batch, noise_BTD) -> {need: float32[B, T]}``: `make_score` with all that is random drawn."""
 
     def forward(params: tree.Params, batch: Batch, noise_BTD: jax.Array | None) -> dict[str, jax.Array]:
-        tokens_BT, segments_BT = batch["tokens"], batch.get("segments")
-        positions_BT = batch.get("positions")
-        positions_BT = decoder.restarting(tokens_BT, segments_BT) if positions_BT is None else positions_BT
-        reserved = reserved_in(params, batch)
         params = tree.cast(params, dtype)
-        hidden_BTD, _, _ = decoder.forward(
-            config,
-            params,
-            tokens_BT,
-            positions_BT,
-            segments_BT,
-            execution=execution,
-            noise_BTD=noise_BTD,
-            tasks_BT=batch.get("task_ids"),
-        )
-        labels_BT = jnp.roll(tokens_BT, -1, axis=1)
+        hidden_BTD, _ = states(config, params, batch, noise_BTD, execution=execution)
         head = heads.head_of(config, params)
-        out = heads.token_scores(config, head, hidden_BTD, labels_BT, needs, execution.mesh)
-        follows_BT = follows(tokens_BT, segments_BT)
-        if reserved:  # neither a position of the prompt nor the first after it is a token's that tokens precede
-            follows_BT &= positions_BT > reserved
-        return {name: jnp.where(follows_BT, jnp.roll(value, 1, axis=1), 0.0) for name, value in out.items()}
+        out = heads.token_scores(config, head, hidden_BTD, predicted(batch["tokens"]), needs, execution.mesh)
+        return aligned(out, params, batch)
 
     return forward
+
+
+def states(
+    config: ModelConfig,
+    params: tree.Params,
+    batch: Batch,
+    noise_BTD: jax.Array | None = None,
+    *,
+    execution: Execution,
+    capture: tuple[str, ...] = (),
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The hidden states [B, T, D] that the head reads, and those of `decoder.forward` that ``capture`` names."""
+    hidden_BTD, _, captured = decoder.forward(
+        config,
+        params,
+        batch["tokens"],
+        positions(batch),
+        batch.get("segments"),
+        capture=capture,
+        execution=execution,
+        noise_BTD=noise_BTD,
+        tasks_BT=batch.get("task_ids"),
+    )
+    return hidden_BTD, captured
+
+
+def positions(batch: Batch) -> jax.Array:
+    """int32[B, T]: those of the batch, or what stands for them."""
+    given = batch.get("positions")
+    return decoder.restarting(batch["tokens"], batch.get("segments")) if given is None else given
+
+
+def predicted(x: jax.Array) -> jax.Array:
+    """What belongs to each token, [B, T, ...], brought to the state that predicts it; the inverse of `aligned`."""
+    return jnp.roll(x, -1, axis=1)
+
+
+def aligned(out: dict[str, jax.Array], params: tree.Params, batch: Batch) -> dict[str, jax.Array]:
+    """What is said of each state's next token, [B, T, ...], brought to that token; 0 where no token precedes it."""
+    follows_BT = follows(batch["tokens"], batch.get("segments"))
+    reserved = reserved_in(params, batch)
+    if reserved:  # neither a position of the prompt nor the first after it is a token's that tokens precede
+        follows_BT &= positions(batch) > reserved
+
+    def one(x: jax.Array) -> jax.Array:
+        keep = follows_BT.reshape(*follows_BT.shape, *[1] * (x.ndim - 2))
+        return jnp.where(keep, jnp.roll(x, 1, axis=1), jnp.zeros((), x.dtype))
+
+    return {name: one(x) for name, x in out.items()}
 
 
 def dropout_key(key: jax.Array | None) -> jax.Array | None:

@@ -31,7 +31,7 @@ LOGICAL: tuple[tuple[str, Axes], ...] = (
     (r"^layers/mlp/down$", ("layers", "mlp", "embed")),
     (r"^layers/(adapter|parallel_adapter)$", ("layers", "embed", "embed")),
     (r"norm/(scale|bias)$", ()),
-    (r"^(prompt|prefix)$", ()),
+    (r"^(prompt|prefix|distil/.*)$", ()),
 )
 """Logical axes of the dense weight at each path; vectors of a norm are replicated."""
 
