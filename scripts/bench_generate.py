@@ -3,7 +3,8 @@
     python scripts/bench_generate.py --shape 8b --batch 1 --quant none nf4
 
 Greedy. The time of a token is that of the longer of two runs less that of the shorter, over the tokens between, so that
-the prompt and the start are not in it; median of the repeats. Layers are separate arrays, read in place.
+the prompt and the start are not in it; median of the repeats. Layers are scanned, as `jaxft generate` does; with
+--unroll they are separate arrays.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=160, help="tokens of the longer run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--unroll", action="store_true", help="a Python loop over layers: slow to compile")
     return parser
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     for kind in args.quant:
         own = bench_train.arguments().parse_args(["--shape", args.shape, "--quant", kind])
         config, model = bench_train.base(own)
-        params = tree.split_layers(model.params, donate=True)
+        params = tree.split_layers(model.params, donate=True) if args.unroll else model.params
         del model
         for batch in args.batch:
             print(json.dumps(measured(args, config, params, kind, batch)), flush=True)
@@ -48,7 +50,7 @@ def main() -> None:
 def measured(args: argparse.Namespace, config, params: tree.Params, kind: str, batch: int) -> dict:
     prompts = jax.random.randint(jax.random.key(3), (batch, args.prompt), 0, config.vocab_size)
     laid = generate._Laid(prompts, jnp.ones_like(prompts))
-    execution, sampling, ends = Execution(unroll=True), Sampling(greedy=True), jnp.asarray([-1], jnp.int32)
+    execution, sampling, ends = Execution(unroll=args.unroll), Sampling(greedy=True), jnp.asarray([-1], jnp.int32)
 
     def run(budget: int) -> float:
         def once() -> None:
@@ -61,7 +63,8 @@ def measured(args: argparse.Namespace, config, params: tree.Params, kind: str, b
 
     seconds = (run(args.tokens) - run(SHORT)) / (args.tokens - SHORT)
     return {
-        "shape": args.shape, "quant": kind, "batch": batch, "ms_per_token": round(seconds * 1e3, 3),
+        "shape": args.shape, "quant": kind, "batch": batch, "unroll": args.unroll,
+        "ms_per_token": round(seconds * 1e3, 3),
         "tokens_per_s": round(batch / seconds), "base_gib": bench_train.in_use("bytes_in_use"),
         "device": jax.local_devices()[0].device_kind, "jax": jax.__version__,
     }  # fmt: skip

@@ -8,7 +8,7 @@ r"""Several adapters of one base at work on one batch, each on its own rows.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class Many(Weight):
     ids: Shared | None = None
     count: int = static(default=0)
     shards: int = static(default=0)
+    several: ClassVar[bool] = True
 
     @property
     def base(self) -> Any:

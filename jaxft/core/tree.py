@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxft.core import weight as weights
+from jaxft.core.indexed import Indexed
 from jaxft.core.weight import Head, Shared, Slot, Split, Transposed, Weight, is_packed
 
 Params = Any  # nested dicts of arrays and Weights
@@ -40,8 +41,8 @@ def is_split(x: Any) -> bool:
 
 
 def _is_stack(x: Any) -> bool:
-    """Whether ``x`` is to be indexed as a whole: a split stack, or what its layers share."""
-    return isinstance(x, Split | Shared)
+    """Whether ``x`` is to be indexed as a whole: a split stack, or what its layers share or look up."""
+    return isinstance(x, Split | Shared | Indexed)
 
 
 def is_leaf(x: Any) -> bool:
@@ -339,10 +340,11 @@ def layer(tree: Params, index: Any) -> Params:
 
 
 def hold_shared(stack: Params) -> tuple[list, Callable[[list], Params]]:
-    """What a scan over layers may slice (the arrays of ``stack``, `Shared` ones left out as ``None``), and the function
-    that makes a layer of a slice."""
-    leaves, treedef = jax.tree.flatten(stack, is_leaf=lambda a: isinstance(a, Shared))
-    sliced = [None if isinstance(a, Shared) else a for a in leaves]
+    """What a scan over layers may slice (the arrays of ``stack``, those that are `Shared` or looked up left out as
+    ``None``), and the function that makes a layer of a slice."""
+    held = lambda a: isinstance(a, Shared | Indexed)  # noqa: E731
+    leaves, treedef = jax.tree.flatten(stack, is_leaf=held)
+    sliced = [None if held(a) else a for a in leaves]
 
     def whole(part: list) -> Params:
         return treedef.unflatten([a if p is None else p for p, a in zip(part, leaves, strict=True)])

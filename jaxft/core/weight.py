@@ -64,6 +64,8 @@ class Weight:
     __array_ufunc__ = None  # numpy hands `x @ w` over instead of iterating over w
     adapter: ClassVar[bool] = True  # wraps a base that `strip` gives back; False for parts of the model itself
     packed: ClassVar[bool] = False  # a matrix of the model in few bits: frozen `codes` and what scales them
+    several: ClassVar[bool] = False  # `core.many`: what it holds are parts of weights
+    in_place: bool = False  # packed: whether a stack can be multiplied layer by layer where it lies (`core.indexed`)
     mergeable: ClassVar[bool] = True  # whether `x @ w` is `x` times a matrix plus a constant
     linear: ClassVar[tuple[str, ...]] = ()  # fields: of a multiple of them, `x @ w - x @ base` is that multiple
     noted: ClassVar[tuple[str, ...]] = ("rate",)  # static fields that `x @ w` without dropout does not depend on

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.core import tree, verbs
+from jaxft.core import indexed, tree, verbs
 from jaxft.core.weight import Split
 from jaxft.models import attention, cache, rope, slots
 from jaxft.models.cache import Cache
@@ -228,7 +228,7 @@ def _layers(
         return x_BTD, held, jnp.stack(outputs) if capture else None
 
     period = config.period
-    sliced, whole = tree.hold_shared(stack)
+    sliced, whole = tree.hold_shared(stack if held is None else indexed.in_place(stack))  # a cache means no gradient
     # a place for each that is asked for, and one that all others overwrite
     kept = jnp.zeros((len(capture) + 1, *x_BTD.shape), x_BTD.dtype) if capture else None
     places = jnp.array([capture.index(i) if i in capture else len(capture) for i in range(config.num_layers)])
@@ -238,7 +238,8 @@ def _layers(
         p = whole(part)
         for j, kind in enumerate(config.layers[:period]):
             at = i * period + j
-            x, cached = one(kind)(x, tree.layer(p, j) if period > 1 else p, cached, at)
+            own = indexed.at(tree.layer(p, j) if period > 1 else p, at)
+            x, cached = one(kind)(x, own, cached, at)
             kept = kept if kept is None else jax.lax.dynamic_update_index_in_dim(kept, x, places[at], 0)
         return (x, cached, kept), None
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxft.core import indexed
 from jaxft.core.weight import Weight, static, weight
 from jaxft.quant import blockwise, eight_bit, kernels
 from jaxft.quant import packed as packed_
@@ -77,6 +78,16 @@ class FourBit(Weight):
         codes = self.codes.reshape(*stack, packed // half, half, out)
         values = blockwise.look_up(jnp.concatenate([codes >> 4, codes & 15], axis=-2), four_bit(self.kind).values)
         return (values * self.scales()[..., :, None, :]).reshape(self.shape)
+
+    @property
+    def in_place(self) -> bool:
+        return self.compute == "exact" and kernels.fits(self, stacked=True)
+
+    def product_at(self, x: jax.Array, index: Any) -> jax.Array:
+        """``x @ self[index]`` of a stack, for passes without a gradient."""
+        if kernels.few(x, self, stacked=True):
+            return kernels.product_at(x, self, index)
+        return x @ indexed.alone(self, index)
 
     def __rmatmul__(self, x):
         if self.compute != "exact":

@@ -8,17 +8,20 @@ into it, is left to XLA as well.
 import functools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxft.core import indexed
 from jaxft.quant import mosaic, triton, triton_eight
 
 FEW = {"gpu": 64, "tpu": 0}
 """Rows of ``x`` up to which the packed matrix is multiplied as it is; beyond, it is made dense first. The TPU's kernel
 is compiled and compared in the tests but was never timed: it is not chosen."""
+
+ADDRESSED = 2**31
+"""Bytes that a kernel's 32-bit offsets reach."""
 
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """What the largest number of a row becomes in eight bits."""
@@ -33,14 +36,14 @@ def available(capability: float = 8.0) -> bool:
     return alone and re.fullmatch(r"\d+\.\d+", has) is not None and float(has) >= capability
 
 
-def fits(w: Any) -> bool:
-    """Whether the kernels run here and have tiles for this weight."""
-    whole = w.codes.ndim == 2 and w.codes.shape[0] % triton.ROWS == 0 and w.block // 2 >= triton.ROWS
-    return available() and whole and _columns(w) > 0
+def fits(w: Any, stacked: bool = False) -> bool:
+    """Whether the kernels run here and have tiles for this weight, or for the layers of a stack [L, in, out]."""
+    tiled = w.codes.ndim == 2 + stacked and w.codes.shape[-2] % triton.ROWS == 0 and w.block // 2 >= triton.ROWS
+    return available() and tiled and _columns(w) > 0 and w.codes.size < ADDRESSED
 
 
 def _columns(w: Any) -> int:
-    return next((n for n in (128, 64, 32) if w.codes.shape[1] % n == 0), 0)
+    return next((n for n in (128, 64, 32) if w.codes.shape[-1] % n == 0), 0)
 
 
 def dense(w: Any) -> jax.Array:
@@ -49,31 +52,63 @@ def dense(w: Any) -> jax.Array:
     return jax.lax.platform_dependent(w, cuda=run, default=lambda w: w.remade())
 
 
-def few(x: jax.Array, w: Any) -> bool:
-    """Whether `product` is for this product."""
+def few(x: jax.Array, w: Any, stacked: bool = False) -> bool:
+    """Whether `product` is for this product, or `product_at`."""
     backend = jax.default_backend()
     if x.dtype != jnp.bfloat16 or not 0 < math.prod(x.shape[:-1]) <= FEW.get(backend, 0):
         return False
-    return fits(w) if backend == "gpu" else jax.device_count() == 1 and mosaic.fits(w)
+    return fits(w, stacked) if backend == "gpu" else not stacked and jax.device_count() == 1 and mosaic.fits(w)
 
 
 @jax.custom_vjp
 def product(x: jax.Array, w: Any) -> jax.Array:
     """``x @ w`` for few rows, x bfloat16[..., in]; its gradient by the dense matrix."""
 
-    def run(kernel: Callable, x: jax.Array, w: Any) -> jax.Array:
-        made = kernel(x.reshape(-1, x.shape[-1]), w)
-        return made.astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return _over_rows(x, w, None)
 
+
+def product_at(x: jax.Array, w: Any, index: jax.Array) -> jax.Array:
+    """``x @ w[index]`` for few rows and a stack w [L, in, out], without a gradient."""
+    return _over_rows(x, w, index)
+
+
+def _over_rows(x: jax.Array, w: Any, index: Any) -> jax.Array:
+    made = _rows(x.reshape(-1, x.shape[-1]), w, index)
+    return made.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_batching.custom_vmap
+def _rows(x: jax.Array, w: Any, index: Any) -> jax.Array:
+    """``x @ w``, or of a stack ``x @ w[index]``: bfloat16[rows, in] -> bfloat16[rows, out]."""
     on_a_tpu = jax.default_backend() == "tpu"
-    kernel = functools.partial(run, mosaic.product if on_a_tpu else _on_a_gpu)
-    chosen = {"tpu" if on_a_tpu else "cuda": kernel}
-    return jax.lax.platform_dependent(x, w, default=lambda x, w: x @ w.remade().astype(x.dtype), **chosen)
+    chosen = {"tpu" if on_a_tpu else "cuda": _on_a_tpu if on_a_tpu else _on_a_gpu}
+    return jax.lax.platform_dependent(x, w, index, default=_by_xla, **chosen)
 
 
-def _on_a_gpu(x: jax.Array, w: Any) -> jax.Array:
+@_rows.def_vmap
+def _mapped(size: int, batched: Any, x: jax.Array, w: Any, index: Any) -> tuple[jax.Array, bool]:
+    """Rows of several callers on one matrix are more rows: the matrix is read once."""
+    if any(jax.tree.leaves(batched[1:])):
+        axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+        return jax.vmap(_by_xla, axes, axis_size=size)(x, w, index), True
+    flat = x.reshape(-1, x.shape[-1])
+    run = _rows if flat.shape[0] <= FEW.get(jax.default_backend(), 0) else _by_xla
+    return run(flat, w, index).reshape(size, x.shape[1], -1), True
+
+
+def _by_xla(x: jax.Array, w: Any, index: Any) -> jax.Array:
+    w = w if index is None else indexed.alone(w, index)
+    return x @ w.dense().astype(x.dtype)
+
+
+def _on_a_tpu(x: jax.Array, w: Any, index: Any) -> jax.Array:
+    return mosaic.product(x, w).astype(x.dtype)
+
+
+def _on_a_gpu(x: jax.Array, w: Any, index: Any) -> jax.Array:
     several = x.shape[0] > 2
-    return triton.product(x, w, _columns(w), _splits(w), dot=several, ahead=several)
+    made = triton.product(x, w, index, _columns(w), _splits(w), dot=several, ahead=several)
+    return made.astype(x.dtype)
 
 
 def _forward(x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
@@ -89,7 +124,7 @@ product.defvjp(_forward, _backward)
 
 def _splits(w: Any) -> int:
     """Parts of the inner dimension summed apart, so that there are programs for all multiprocessors."""
-    tiles, steps = w.codes.shape[1] // _columns(w), w.codes.shape[0] // triton.ROWS
+    tiles, steps = w.codes.shape[-1] // _columns(w), w.codes.shape[-2] // triton.ROWS
     return max((s for s in (1, 2, 4, 8, 16, 32) if steps % s == 0 and tiles * s <= 1024), default=1)
 
 

@@ -32,7 +32,7 @@ def eight_bits(
 
 
 def _made(w: Any, over: Any, dtype: Any, transposed: bool, columns: int, warps: int, interpret: bool) -> jax.Array:
-    bytes_, out = w.codes.shape
+    (bytes_, out), w = w.codes.shape, jax.tree.map(lambda a: a[None], w)
     shape = (out, 2 * bytes_) if transposed else (2 * bytes_, out)
     divided = () if over is None else (over,)
     return pl.pallas_call(
@@ -50,10 +50,10 @@ def _tile(kind, half, transposed, columns, divided, interpret, *refs):
     at, block = pl.program_id(0) * ROWS, jax.lax.div(pl.program_id(0) * ROWS, half)
     start = at + block * half
     across = pl.ds(pl.program_id(1) * columns, columns)
-    scale = _scale(block, across, absmax, *nested)
+    scale = _scale(0, block, across, absmax, *nested)
     if over:
         scale /= over[0][across]
-    byte = codes[pl.ds(at, ROWS), across]
+    byte = codes[0, pl.ds(at, ROWS), across]
     for first, high in ((start, True), (start + half, False)):
         tile = _numbers(kind, byte, high, interpret) * scale[None]
         if out.dtype == jnp.int8:
@@ -66,12 +66,16 @@ def _tile(kind, half, transposed, columns, divided, interpret, *refs):
 
 
 def product(
-    x: jax.Array, w: Any, columns: int = 128, splits: int = 8, warps: int = 4, dot: bool = False, ahead: bool = True,
-    interpret: bool = False,
+    x: jax.Array, w: Any, index: Any = None, columns: int = 128, splits: int = 8, warps: int = 4, dot: bool = False,
+    ahead: bool = True, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """``x @ w`` for few rows: bfloat16[rows, in] -> float32[rows, out], the codebook rounded to bfloat16."""
+    """``x @ w`` for few rows: bfloat16[rows, in] -> float32[rows, out], the codebook rounded to bfloat16.
+
+    With an ``index``, int32[], w is a stack and its layer of that number is meant."""
     rows = x.shape[0]
-    out, size = w.codes.shape[1], w.block // 2
+    out, size = w.codes.shape[-1], w.block // 2
+    if index is None:
+        index, w = 0, jax.tree.map(lambda a: a[None], w)
     if dot:
         x = jnp.pad(x, ((0, max(16, pl.next_power_of_2(rows)) - rows), (0, 0)))
     kernel = functools.partial(_dot if dot else _sums, w.kind, size, ahead, interpret)
@@ -82,34 +86,35 @@ def product(
         compiler_params=plgpu.CompilerParams(num_warps=warps),
         interpret=interpret,
         name="product_four_bit",
-    )(x, *_arrays(w))
+    )(jnp.asarray(index, jnp.int32)[None], x, *_arrays(w))
     return jnp.sum(parts, axis=0)[:rows]
 
 
-def _part(half: int, codes: Any, absmax: Any, nested: Any, out: Any) -> tuple[Any, ...]:
+def _part(layer: Any, half: int, codes: Any, absmax: Any, nested: Any, out: Any) -> tuple[Any, ...]:
     """What one program of a product has: its columns, how many tiles, the first of them, and what loads one."""
     columns = out.shape[2] // pl.num_programs(0)
     over = pl.ds(pl.program_id(0) * columns, columns)
-    count = codes.shape[0] // ROWS // pl.num_programs(1)
+    count = codes.shape[1] // ROWS // pl.num_programs(1)
     begin = pl.program_id(1) * count
 
     def load(turn):
         at = (begin + turn) * ROWS
-        return codes[pl.ds(at, ROWS), over], _scale(jax.lax.div(at, half), over, absmax, *nested)
+        return codes[layer, pl.ds(at, ROWS), over], _scale(layer, jax.lax.div(at, half), over, absmax, *nested)
 
     return over, count, begin, load
 
 
-def _sums(kind, half, ahead, interpret, x, codes, absmax, *rest):
+def _sums(kind, half, ahead, interpret, index, x, codes, absmax, *rest):
     """Each thread sums its own rows of the matrix; they meet once, at the end."""
     *nested, out = rest
-    over, count, begin, load = _part(half, codes, absmax, nested, out)
+    over, count, begin, load = _part(index[0], half, codes, absmax, nested, out)
     columns = over.size
 
     def add(turn, sums, byte, scale):
         at = (begin + turn) * ROWS
         start = at + jax.lax.div(at, half) * half
-        low, high = _halves(kind, byte, interpret)
+        pair = _pairs(kind, byte, interpret)
+        low, high = (jax.lax.bitcast_convert_type(bits, jnp.float32) for bits in (pair << 16, pair & -65536))
         made = []
         for i, total in enumerate(sums):
             first, second = (x[pl.ds(i, 1), pl.ds(s, ROWS)][0].astype(jnp.float32) for s in (start, start + half))
@@ -127,10 +132,10 @@ def _sums(kind, half, ahead, interpret, x, codes, absmax, *rest):
         out[pl.ds(pl.program_id(1), 1), pl.ds(i, 1), over] = jnp.sum(total, axis=0)[None, None]
 
 
-def _dot(kind, half, ahead, interpret, x, codes, absmax, *rest):
+def _dot(kind, half, ahead, interpret, index, x, codes, absmax, *rest):
     """The matrix units, a block of codes at a time, scaled after the product."""
     *nested, out = rest
-    over, count, begin, load = _part(half, codes, absmax, nested, out)
+    over, count, begin, load = _part(index[0], half, codes, absmax, nested, out)
     columns = over.size
 
     def turn(t, carry):
@@ -139,7 +144,9 @@ def _dot(kind, half, ahead, interpret, x, codes, absmax, *rest):
         byte, scale = now or load(t)
         at = (begin + t) * ROWS
         start = at + jax.lax.div(at, half) * half
-        low, high = (a.astype(jnp.bfloat16) for a in _halves(kind, byte, interpret))
+        pair = _pairs(kind, byte, interpret)
+        halves = (bits.astype(jnp.int16) for bits in (pair, pair >> 16))
+        low, high = (jax.lax.bitcast_convert_type(bits, jnp.bfloat16) for bits in halves)
         made = jnp.dot(x[:, pl.ds(start, ROWS)], high, preferred_element_type=jnp.float32)
         made += jnp.dot(x[:, pl.ds(start + half, ROWS)], low, preferred_element_type=jnp.float32)
         return (total + made * scale[None], *coming)
@@ -149,19 +156,22 @@ def _dot(kind, half, ahead, interpret, x, codes, absmax, *rest):
 
 
 def _arrays(w: Any) -> list[jax.Array]:
+    """What the kernels read of a stack [L, in, out]."""
     if w.nested is None:
         return [w.codes, w.absmax]
-    return [w.codes, w.absmax, w.nested, w.offset[None], jnp.asarray(dynamic().values)]
+    return [w.codes, w.absmax, w.nested, w.offset, jnp.asarray(dynamic().values)]
 
 
-def _scale(block: Any, over: Any, absmax: Any, nested: Any = None, offset: Any = None, table: Any = None) -> Any:
+def _scale(
+    layer: Any, block: Any, over: Any, absmax: Any, nested: Any = None, offset: Any = None, table: Any = None
+) -> Any:
     """float32[columns]: the scales of one block of rows."""
-    held = absmax[pl.ds(block, 1), over][0]
+    held = absmax[layer, pl.ds(block, 1), over][0]
     if nested is None:
         return held
     at = over.start + jnp.arange(over.size, dtype=jnp.int32)
-    of = plgpu.load(nested.at[jax.lax.div(at * absmax.shape[0] + block, blockwise.NESTED)])
-    return plgpu.load(table.at[held.astype(jnp.int32)]) * of + offset[...]
+    of = plgpu.load(nested.at[layer, jax.lax.div(at * absmax.shape[1] + block, blockwise.NESTED)])
+    return plgpu.load(table.at[held.astype(jnp.int32)]) * of + offset[layer]
 
 
 def _numbers(kind: str, byte: jax.Array, high: bool, interpret: bool) -> jax.Array:
@@ -172,15 +182,14 @@ def _numbers(kind: str, byte: jax.Array, high: bool, interpret: bool) -> jax.Arr
     return _instructed(ptx.float32(tuple(map(float, values)), high), byte, jnp.float32)
 
 
-def _halves(kind: str, byte: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """float32 of the low and of the high four bits of each byte, rounded to bfloat16."""
+def _pairs(kind: str, byte: jax.Array, interpret: bool) -> jax.Array:
+    """int32 of each byte: the bits of bfloat16 of its low four bits below those of its high four."""
     values = four_bit(kind).values
     if interpret:
-        low, high = (blockwise.look_up(i, values).astype(jnp.bfloat16) for i in (byte & 15, byte >> 4))
-        return low.astype(jnp.float32), high.astype(jnp.float32)
-    word = _instructed(ptx.bfloat16_pairs(tuple(map(float, values))), byte, jnp.int32)
-    low, high = word << 16, word & -65536
-    return jax.lax.bitcast_convert_type(low, jnp.float32), jax.lax.bitcast_convert_type(high, jnp.float32)
+        found = (blockwise.look_up(i, values).astype(jnp.bfloat16) for i in (byte & 15, byte >> 4))
+        low, high = (jax.lax.bitcast_convert_type(a, jnp.uint16).astype(jnp.int32) for a in found)
+        return (high << 16) | low
+    return _instructed(ptx.bfloat16_pairs(tuple(map(float, values))), byte, jnp.int32)
 
 
 def _instructed(text: str, byte: jax.Array, dtype: Any) -> jax.Array:

@@ -97,6 +97,19 @@ def test_scaling_and_adding():
         assert got.dtype == jnp.bfloat16 and off(got, want) < 0.003
 
 
+@weights
+@pytest.mark.parametrize(("rows", "dot"), [(1, False), (5, True)])
+def test_a_layer_of_a_stack_is_multiplied_where_it_lies(kind, block, double, rows, dot):
+    dense = made(kind, block, double).dense()
+    stack = four_bit.quantize(jnp.stack([dense, -dense, dense[:, ::-1]]), kind, block, double)
+    x = jax.random.normal(jax.random.key(1), (rows, 512), jnp.bfloat16)
+    run = jax.jit(lambda i: triton.product(x, stack, i, splits=2, dot=dot, interpret=INTERPRET))
+    for index in range(3):
+        alone = jax.tree.map(lambda a, index=index: a[index], stack)
+        want = triton.product(x, alone, splits=2, dot=dot, interpret=INTERPRET)
+        np.testing.assert_array_equal(run(jnp.int32(index)), want)
+
+
 def test_mapped_over_members():
     w = made("nf4", 64, True)
     two = jax.tree.map(lambda *a: jnp.stack(a), w, four_bit.quantize(w.dense() * 2.0))
