@@ -61,7 +61,7 @@ FORBIDDEN = {
 # folder -> the literal table in its __init__.py, what in its text makes a module one of its entries, and those apart
 TABLES = {
     "peft": ("METHODS", r"^class \w+\((Targeted|Slotted)\)|^def adapt\([^)]*\bconfig\b", ("sites",)),
-    "objectives": ("OBJECTIVES", "", ("terms",)),
+    "objectives": ("OBJECTIVES", r"^def \w+\(config: \w+, scores: Scores, ", ()),
     "models/families": ("FAMILIES", "", ()),
     "rewards": ("REWARDS", "", ()),
 }

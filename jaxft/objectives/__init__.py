@@ -1,18 +1,54 @@
 """Objectives: pure functions from scores (log-probabilities and what else a loss asks for) to sums and weights.
 
 `OBJECTIVES` is the literal table: an objective is one function, one line here, and a test with hand arithmetic.
+`preference.LOSSES` are the losses of pairs of completions as plain functions.
 """
 
-from jaxft.objectives import distil, sft
+from jaxft.objectives import bco, cpo, distil, dpo, kto, orpo, preference, sft
+from jaxft.objectives.bco import BCO
+from jaxft.objectives.cpo import CPO, SimPO
 from jaxft.objectives.distil import Distil
+from jaxft.objectives.dpo import DPO
+from jaxft.objectives.kto import KTO
+from jaxft.objectives.orpo import ORPO
 from jaxft.objectives.sft import SFT
 from jaxft.objectives.terms import Mean, Objective
 
-OBJECTIVES: dict[str, Objective] = {
-    "sft": Objective(config=SFT, fn=sft.sft, needs=("logp",), reports=("correct", "entropy")),
-    "distil": Objective(
-        config=Distil, fn=distil.distil, needs=distil.needs, reports=distil.reports, views=distil.views
-    ),
-}
+_REPORTS = ("correct", "entropy")
 
-__all__ = ["OBJECTIVES", "SFT", "Distil", "Mean", "Objective"]
+OBJECTIVES: dict[str, Objective] = {
+    "sft": Objective(config=SFT, fn=sft.sft, needs=("logp",), reports=_REPORTS),
+    "dpo": Objective(
+        config=DPO, fn=dpo.dpo, needs=dpo.needs, reports=_REPORTS, views=dpo.views, rows="pairs",
+        annotate=dpo.annotate, couples=dpo.couples, follow=dpo.follow,
+    ),
+    "orpo": Objective(config=ORPO, fn=orpo.orpo, reports=_REPORTS, rows="pairs"),
+    "cpo": Objective(config=CPO, fn=cpo.cpo, reports=_REPORTS, rows="pairs"),
+    "simpo": Objective(config=SimPO, fn=cpo.cpo, reports=_REPORTS, rows="pairs"),
+    "kto": Objective(
+        config=KTO, fn=kto.kto, reports=_REPORTS, views=("policy", "reference"), rows="labelled",
+        asides=kto.asides, annotate=kto.annotate,
+    ),
+    "bco": Objective(
+        config=BCO, fn=bco.bco, reports=_REPORTS, views=("policy", "reference"), rows="labelled",
+        annotate=bco.annotate, carry=bco.begin,
+    ),
+    "distil": Objective(
+        config=Distil, fn=distil.distil, needs=distil.needs, reports=distil.reports, views=distil.views,
+    ),
+}  # fmt: skip
+
+__all__ = [
+    "BCO",
+    "CPO",
+    "DPO",
+    "KTO",
+    "OBJECTIVES",
+    "ORPO",
+    "SFT",
+    "Distil",
+    "Mean",
+    "Objective",
+    "SimPO",
+    "preference",
+]

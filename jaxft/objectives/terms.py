@@ -5,6 +5,7 @@ the weights of the whole batch first and divides once, so micro-batching, packin
 the loss, with any mix of terms.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -36,6 +37,10 @@ Named = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 
 def _nothing(config: Any) -> Carry:
     return {}
+
+
+def _always(config: Any) -> bool:
+    return True
 
 
 def _still(config: Any) -> "Follow | None":
@@ -72,10 +77,18 @@ class Objective(Generic[C]):
     """What couples the rows of a batch, or runs from step to step: ``(config, scores, batch, carry) -> (arrays [rows,
     ...] to add to the batch, the next carry)``. It sees the whole batch of a step, all micro-batches, and scores
     without a gradient; ``fn`` then sees what it returned."""
+    couples: Callable[[C], bool] = _always
+    """Whether ``annotate`` is asked with these settings: before a step in parts it costs a pass over the batch."""
     carry: Callable[[C], Carry] = _nothing
     """The running quantities before the first step: float32 scalars."""
     follow: Callable[[C], Follow | None] = _still
     """How the reference moves; None: it does not."""
+
+    def annotation(self, config: C) -> Callable[[Scores, Batch, Carry], tuple[dict[str, jax.Array], Carry]] | None:
+        """``annotate`` with these settings; None where nothing couples the rows."""
+        if self.annotate is None or not self.couples(config):
+            return None
+        return functools.partial(self.annotate, config)
 
     def asked(self, config: C) -> "Asked":
         """What it asks for with these settings."""

@@ -122,7 +122,7 @@ def body(
         fold = lambda index: each(lambda k: jax.random.fold_in(k, index))(key)  # noqa: E731
         about = functools.partial(scored, start=state.start, frozen=frozen)
         apart = functools.partial(_asides, asked, score, state.trainable, state.start, frozen)
-        annotate = None if objective.annotate is None else functools.partial(objective.annotate, config)
+        annotate = objective.annotation(config)
         count, carry, aside = jax.tree.leaves(batch)[0].shape[0], state.carry, {}
         if annotate is not None and count == 1:
             aside = apart(jax.tree.map(lambda a: a[0], dict(batch)))
@@ -221,8 +221,7 @@ def make_eval_step(objective: Objective, config: Any, score: Score, each: Each =
             return found | _asides(asked, score, trainable, start, frozen, micro)
 
         scores, carry = jax.lax.map(scored, batch), carry or {}
-        if objective.annotate is not None:
-            annotate = functools.partial(objective.annotate, config)
+        if (annotate := objective.annotation(config)) is not None:
             if jax.tree.leaves(batch)[0].shape[0] == 1:
                 first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
                 added, carry = annotate(first(scores), first(dict(batch)), carry)
