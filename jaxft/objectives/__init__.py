@@ -39,16 +39,5 @@ OBJECTIVES: dict[str, Objective] = {
 }  # fmt: skip
 
 __all__ = [
-    "BCO",
-    "CPO",
-    "DPO",
-    "KTO",
-    "OBJECTIVES",
-    "ORPO",
-    "SFT",
-    "Distil",
-    "Mean",
-    "Objective",
-    "SimPO",
-    "preference",
-]
+    "BCO", "CPO", "DPO", "KTO", "OBJECTIVES", "ORPO", "SFT", "Distil", "Mean", "Objective", "SimPO", "preference",
+]  # fmt: skip
