@@ -250,6 +250,7 @@ class _Top:
 
     count: int
     temperature: float
+    vocabulary: int
     needs: tuple[str, ...] = ("ids", "logp")
     gradients: tuple[str, ...] = ()
 
@@ -257,9 +258,9 @@ class _Top:
         return None
 
     def __call__(self, y: jax.Array, given: None) -> dict[str, jax.Array]:
+        y = y[..., : self.vocabulary] / self.temperature
         best, ids = jax.lax.top_k(y, self.count)
-        lse = jax.nn.logsumexp(y / self.temperature, -1, keepdims=True)
-        return {"ids": ids, "logp": best / self.temperature - lse}
+        return {"ids": ids, "logp": best - jax.nn.logsumexp(y, -1, keepdims=True)}
 
 
 def top(
@@ -269,10 +270,15 @@ def top(
     count: int,
     *,
     temperature: float = 1.0,
+    vocabulary: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """The ``count`` likeliest next tokens after each hidden state, likeliest first: ids int32 and logp float32, both
-    [B, T, count]. Raises ValueError for a count that is not below the vocabulary's size."""
-    if not 0 < count < config.vocab_size:
-        raise ValueError(f"top_k: got {count}; expected 1 to {config.vocab_size - 1}, fewer than the vocabulary")
-    return heads.over_chunks(_Top(count, temperature), config, head, x_BTD, None, None, mesh)
+    [B, T, count]. ``vocabulary``: as if there were only so many ids. Raises ValueError for a count that is not below
+    their number."""
+    ids = config.vocab_size if vocabulary is None else vocabulary
+    if not 0 < ids <= config.vocab_size:
+        raise ValueError(f"vocabulary: got {ids}; expected 1 to {config.vocab_size}, the model's")
+    if not 0 < count < ids:
+        raise ValueError(f"top_k: got {count}; expected 1 to {ids - 1}, fewer than the vocabulary")
+    return heads.over_chunks(_Top(count, temperature, ids), config, head, x_BTD, None, None, mesh)

@@ -242,18 +242,3 @@ def _check_prompt(params: tree.Params, batch: Batch, reserved: int) -> None:
         raise ValueError(
             f"reserved: got {reserved}; the student has a prompt of {slots.prompt_length(params)} positions"
         )
-
-
-def make_top(
-    config: ModelConfig, count: int, *, dtype: Any, temperature: float = 1.0, execution: Execution = decoder.DEFAULT
-) -> Callable[[tree.Params, Batch], dict[str, jax.Array]]:
-    """Builds ``top(params, batch) -> {ids: int32[B, T, count], logp: float32[B, T, count]}``: the ``count`` likeliest
-    tokens at the place of each token, given what precedes it, likeliest first; 0 where none precedes it."""
-
-    def top(params: tree.Params, batch: Batch) -> dict[str, jax.Array]:
-        params = tree.cast(params, dtype)
-        hidden_BTD, _ = score_.states(config, params, batch, execution=execution)
-        head, how = heads.head_of(config, params), {"temperature": temperature, "mesh": execution.mesh}
-        return score_.aligned(divergences.top(config, head, hidden_BTD, count, **how), params, batch)
-
-    return top

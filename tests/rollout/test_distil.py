@@ -15,7 +15,8 @@ from jaxft.models import decoder, families, heads, init
 from jaxft.models.decoder import Execution
 from jaxft.models.divergences import Divergence
 from jaxft.objectives import OBJECTIVES, Distil
-from jaxft.rollout import distil, score
+from jaxft.rollout import distil, score, topk
+from jaxft.testing import jaxprs
 from jaxft.training import optim, state, step
 from jaxft.training.config import OptimConfig
 from jaxft.training.step import Models
@@ -146,6 +147,20 @@ def test_values_and_gradients(how):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=5e-5, err_msg=path)
 
 
+def test_no_logits_of_all_tokens():
+    """In the gradient of a student's loss beside its teacher: 128 tokens are more than the 40 rows of an embedding."""
+    (student, teacher), batch, run = both(), rows(((30, 34), (64,)), 64), scorer(execution=EXECUTIONS["scan"])
+    trainable, frozen = tree.partition(student.params, tree.trainable_mask(student.params))
+
+    def words(fn):
+        jaxpr = jax.make_jaxpr(jax.grad(lambda t: total(fn(tree.combine(t, frozen)), batch)))(trainable)
+        shapes = [v.aval.shape for eqn in jaxprs.equations(jaxpr) for v in eqn.outvars if hasattr(v.aval, "shape")]
+        return max(int(np.prod(shape)) // V for shape in shapes if V in shape)
+
+    assert words(lambda params: scored(run, params, teacher.params, batch)) <= 40
+    assert words(lambda params: plain(params, teacher.params, batch)) == 128
+
+
 def test_documents_do_not_see_each_other():
     """Each document of a packed row as if alone in it."""
     (student, teacher), run = both(), scorer()
@@ -163,7 +178,7 @@ def test_documents_do_not_see_each_other():
 def test_stored_tokens_are_the_teacher():
     """With all of the vocabulary but one kept, whose probability is the rest, a stored teacher is the live one."""
     (student, teacher), batch = both(), rows()
-    top = distil.make_top(teacher.config, V - 1, dtype=jnp.float32, temperature=HOW.temperature)
+    top = topk.make_top(teacher.config, V - 1, dtype=jnp.float32, temperature=HOW.temperature)
     stored = jax.jit(top)(teacher.params, batch)
     kept = {"teacher_ids": stored["ids"], "teacher_logp": stored["logp"]}
     needs = ("divergence", "logp")
