@@ -15,7 +15,7 @@ import jax.numpy as jnp
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 LARGEST_EXPONENT = 80.0
-"""Exponents end here: e^80 = 5.5e34 and what losses make of it are still float32. No gradient flows past it."""
+"""Exponents end here, at 5.5e34, where what losses make of them is still float32. No gradient flows past it."""
 
 
 def score(log_ratio: jax.Array, divergence: Divergence = "reverse_kl", alpha: float = 0.5) -> jax.Array:
@@ -45,4 +45,5 @@ def power(log_ratio: jax.Array, exponent: float) -> jax.Array:
     """``(u^exponent - 1) / exponent`` of ``log u``: the logarithm where the exponent is 0 (Box and Cox 1964)."""
     if abs(exponent) < 1e-6:
         return log_ratio
-    return jnp.expm1(jnp.minimum(exponent * log_ratio, LARGEST_EXPONENT)) / exponent
+    largest = LARGEST_EXPONENT + min(0.0, math.log(10 * abs(exponent)))  # a small divisor must not undo it
+    return jnp.expm1(jnp.minimum(exponent * log_ratio, largest)) / exponent

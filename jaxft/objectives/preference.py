@@ -11,8 +11,8 @@ w is the chosen and l the rejected completion, |y| a completion's tokens, and s(
 asked for (`divergences.score`). A loss whose pairs are independent is a function of that pair alone; ``aot``,
 ``aot_unpaired`` and ``sft`` look at all pairs given.
 
-Everything is finite for any finite log-probabilities: products of sigmoids and logarithms are taken as log-sigmoids,
-exponents and squares end before float32 does.
+Values and gradients are finite however far apart the log-probabilities are: logarithms of sigmoids are taken as one
+function, and exponents, logits and squares end before float32 does.
 """
 
 import inspect
@@ -26,8 +26,9 @@ import jax.numpy as jnp
 from jaxft.objectives import divergences
 from jaxft.objectives.divergences import Divergence
 
+LARGEST_LOGIT = 1e35
 LARGEST_ROOT = 1e17
-"""Where squared errors end: their squares, summed over a batch, are still float32."""
+"""Where logits end, and the roots of squares: sums over a batch are still float32. No gradient flows past them."""
 
 
 class Pairs(NamedTuple):
@@ -60,10 +61,10 @@ class Pairs(NamedTuple):
         return divergences.score(self.chosen, *how), divergences.score(self.rejected, *how)
 
     @property
-    def delta(self) -> jax.Array:
-        """Δ"""
+    def logit(self) -> jax.Array:
+        """βΔ"""
         chosen, rejected = self.scores()
-        return chosen - rejected
+        return jnp.clip(self.beta * (chosen - rejected), -LARGEST_LOGIT, LARGEST_LOGIT)
 
     @property
     def token_delta(self) -> jax.Array:
@@ -83,13 +84,13 @@ class Pairs(NamedTuple):
 
 def sigmoid(pairs: Pairs) -> jax.Array:
     """``-log σ(βΔ)``: ln 2 where policy and reference agree. Rafailov et al. 2023, eq. 7 (arXiv:2305.18290)."""
-    return -jax.nn.log_sigmoid(pairs.beta * pairs.delta)
+    return -jax.nn.log_sigmoid(pairs.logit)
 
 
 def hinge(pairs: Pairs) -> jax.Array:
     """``max(0, 1 - βΔ)``. SLiC-HF, Zhao et al. 2023, sec. 2 (arXiv:2305.10425), of rewards as in RSO, Liu et al. 2023
     (arXiv:2309.06657)."""
-    return jax.nn.relu(1 - pairs.beta * pairs.delta)
+    return jax.nn.relu(1 - pairs.logit)
 
 
 def ipo(pairs: Pairs) -> jax.Array:
@@ -101,7 +102,8 @@ def ipo(pairs: Pairs) -> jax.Array:
 def sigmoid_norm(pairs: Pairs) -> jax.Array:
     """``-log σ(β(s(r_w)/|y_w| - s(r_l)/|y_l|))``: length-normalised DPO. Tülu 3, Lambert et al. 2024, sec. 5
     (arXiv:2411.15124). Needs lengths."""
-    return -jax.nn.log_sigmoid(pairs.beta * pairs.token_delta)
+    logit = jnp.clip(pairs.beta * pairs.token_delta, -LARGEST_LOGIT, LARGEST_LOGIT)
+    return -jax.nn.log_sigmoid(logit)
 
 
 def exo_pair(pairs: Pairs, *, label_smoothing: float = 0.0) -> jax.Array:
@@ -109,7 +111,7 @@ def exo_pair(pairs: Pairs, *, label_smoothing: float = 0.0) -> jax.Array:
     the labels smoothed by ε, which must be above 0 (1e-3 is usual). EXO, Ji et al. 2024, eq. 16 (arXiv:2402.00856)."""
     if not 0 < label_smoothing < 1:
         raise ValueError(f"exo_pair: label_smoothing is {label_smoothing}; expected between 0 and 1, such as 1e-3")
-    x, smooth = pairs.beta * pairs.delta, jnp.float32(label_smoothing)
+    x, smooth = pairs.logit, jnp.float32(label_smoothing)
     right = jax.nn.sigmoid(x) * (jax.nn.log_sigmoid(x) - jnp.log1p(-smooth))
     return right + jax.nn.sigmoid(-x) * (jax.nn.log_sigmoid(-x) - jnp.log(smooth))
 
@@ -119,7 +121,7 @@ def robust(pairs: Pairs, *, label_smoothing: float = 0.0) -> jax.Array:
     the labels is flipped. Chowdhury et al. 2024, sec. 3.1 (arXiv:2403.00409)."""
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"robust: label_smoothing is {label_smoothing}; expected from 0 up to (not with) 0.5")
-    x = pairs.beta * pairs.delta
+    x = pairs.logit
     clean, flipped = -jax.nn.log_sigmoid(x), -jax.nn.log_sigmoid(-x)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
@@ -127,7 +129,7 @@ def robust(pairs: Pairs, *, label_smoothing: float = 0.0) -> jax.Array:
 def discopop(pairs: Pairs, *, discopop_tau: float = 0.05) -> jax.Array:
     """``(1-m)(-log σ(βΔ)) + m exp(-βΔ)`` with ``m = σ(βΔ/τ)``: logistic where the pair is still wrong, exponential
     where it is right. DiscoPOP, Lu et al. 2024, eq. 5 (arXiv:2406.08414)."""
-    x = pairs.beta * pairs.delta
+    x = pairs.logit
     exponent = jax.nn.log_sigmoid(x / discopop_tau) - x  # of the product, whose second factor alone overflows
     exponential = jnp.exp(jnp.minimum(exponent, divergences.LARGEST_EXPONENT))
     return jax.nn.sigmoid(-x / discopop_tau) * -jax.nn.log_sigmoid(x) + exponential

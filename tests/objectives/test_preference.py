@@ -88,13 +88,15 @@ def test_policy_and_reference_alike_cost_ln_2():
     "name, divergence", [(n, d) for n in LOSSES for d in (DIVERGENCES if LOSSES[n].divergence else [None])]
 )
 def test_extremes_are_finite_and_so_are_their_gradients(name, divergence):
-    """Log-probabilities from -1e8 to 0 under either, in every combination."""
-    options = OPTIONS.get(name, {}) | ({"f_divergence_type": divergence} if divergence else {})
+    """Log-probabilities from -1e8 to 0 under either, in every combination; and the sum over all of them."""
+    options = OPTIONS.get(name, {}) | ({"f_divergence_type": divergence} if divergence else {}) | {"beta": 10.0}
+    if divergence == "alpha_divergence":
+        options["f_alpha_divergence_coef"] = 0.999  # divides by a thousandth
     values = jnp.array([-1e8, -1e4, -100.0, -1.0, 0.0])
     four = [g.ravel() for g in jnp.meshgrid(values, values, values, values)]
     ones = jnp.ones(four[0].shape)
     run = lambda *logps: LOSSES[name](*logps, chosen_len=ones, rejected_len=3 * ones, **options)  # noqa: E731
-    assert bool(jnp.all(jnp.isfinite(run(*four))))
+    assert bool(jnp.all(jnp.isfinite(run(*four)))) and bool(jnp.isfinite(jnp.sum(run(*four))))
     for grad in jax.grad(lambda *logps: jnp.sum(run(*logps)), argnums=(0, 1))(*four):
         assert bool(jnp.all(jnp.isfinite(grad)))
 
