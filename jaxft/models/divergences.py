@@ -52,9 +52,8 @@ class Divergence:
     """What is done about tokens that are not among the stored: one bucket for all, or as if there were none."""
 
     def __call__(self, t: jax.Array, s: jax.Array) -> jax.Array:
-        """From log-probabilities float32[..., V] of teacher and student: float32[...], nats (tvd and uld: no unit).
-
-        For ``uld`` they are probabilities in order of size."""
+        """From log-probabilities float32[..., V] of teacher and student: float32[...], nats (tvd has no unit). Not
+        ``uld``: see `ranked_distance`."""
         return MEASURES[self.name](self, t, s)
 
 
@@ -86,7 +85,6 @@ MEASURES: dict[str, Callable[[Divergence, jax.Array, jax.Array], jax.Array]] = {
     "tvd": lambda _, t, s: 0.5 * jnp.sum(jnp.abs(jnp.exp(t) - jnp.exp(s)), -1),
     "skew_forward_kl": lambda how, t, s: kl(t, mixture(t, s, how.skew)),
     "skew_reverse_kl": lambda how, t, s: kl(s, mixture(s, t, how.skew)),
-    "uld": lambda _, t, s: jnp.sum(jnp.abs(t - s), -1),
 }
 
 
@@ -109,31 +107,59 @@ class _Live(_Compared):
 
     teacher: ModelConfig
     vocabulary: int
-    """The ids from 0 that the two have in common; for ``uld`` the larger number of them."""
+    """The ids from 0 that the two have in common."""
 
-    def _measured(self, y: jax.Array) -> jax.Array:
-        """Log-probabilities of what is common; for ``uld`` all probabilities in order of size, and 0 for as many
-        tokens as the other model has more."""
-        if self.divergence.name != "uld":
-            return jax.nn.log_softmax(y[..., : self.vocabulary] / self.divergence.temperature)
-        p = jnp.sort(jax.nn.softmax(y / self.divergence.temperature), -1)
-        return jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(self.vocabulary - p.shape[-1], 0)])
+    def _log_softmax(self, y: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(y[..., : self.vocabulary] / self.divergence.temperature)
 
     def given(self, other: Any, rows: tuple[jax.Array, jax.Array]) -> Any:
         labels, hidden = rows
-        return labels, self._measured(heads.logits(self.teacher, other, hidden))
+        return labels, self._log_softmax(heads.logits(self.teacher, other, hidden))
 
     def __call__(self, y: jax.Array, given: Any) -> dict[str, jax.Array]:
         labels, t = given
         out = self._own(y, labels)
         if "divergence" in self.needs:
-            out["divergence"] = self.divergence(t, self._measured(y))
+            out["divergence"] = self.divergence(t, self._log_softmax(y))
         if "agreement" in self.needs:
             own = jnp.argmax(y[..., : self.vocabulary], -1)
             out["agreement"] = (own == jnp.argmax(t, -1)).astype(jnp.float32)
         if "teacher_entropy" in self.needs:
             out["teacher_entropy"] = -jnp.sum(jnp.exp(t) * t, -1)
         return out
+
+
+@dataclass(frozen=True)
+class _Ranked(_Compared):
+    """``uld``. ``rows``: labels and the teacher's hidden states; its head is the other one."""
+
+    teacher: ModelConfig
+
+    def given(self, other: Any, rows: tuple[jax.Array, jax.Array]) -> Any:
+        labels, hidden = rows
+        y = heads.logits(self.teacher, other, hidden)
+        return labels, jnp.sort(jax.nn.softmax(y / self.divergence.temperature), -1)
+
+    def __call__(self, y: jax.Array, given: Any) -> dict[str, jax.Array]:
+        labels, t = given
+        out = self._own(y, labels)
+        if "divergence" in self.needs:
+            out["divergence"] = ranked_distance(t, jax.nn.softmax(y / self.divergence.temperature))
+        return out
+
+
+def ranked_distance(t: jax.Array, s: jax.Array) -> jax.Array:
+    """The sum of the differences of probabilities of equal rank: t float32[..., V] in rising order and s float32[...,
+    V of its own] in any, to float32[...]; the smaller vocabulary has tokens of probability 0 besides.
+
+    Unusual: t is brought into the order of s, so that the gradient is a sign for each word and no scatter."""
+    more = s.shape[-1] - t.shape[-1]
+    t = jnp.pad(t, [(0, 0)] * (t.ndim - 1) + [(max(more, 0), 0)])
+    least, t = t[..., : max(-more, 0)], t[..., max(-more, 0) :]
+    place = jax.lax.broadcasted_iota(jnp.int32, s.shape, s.ndim - 1)
+    _, order = jax.lax.sort((jax.lax.stop_gradient(s), place), num_keys=1)
+    _, t = jax.lax.sort((order, t), num_keys=1)
+    return jnp.sum(jnp.abs(t - s), -1) + jnp.sum(least, -1)
 
 
 @dataclass(frozen=True)
@@ -191,19 +217,20 @@ def token_scores(
       vocabulary: compare the first so many ids, where the tokenizers agree and one model has rows of padding.
 
     Raises ValueError for other needs, and for vocabularies of different sizes where nothing says what they share."""
-    sizes = config.vocab_size, teacher[0].vocab_size
+    sizes, asked = (config.vocab_size, teacher[0].vocab_size), _asked(needs, reports)
     if divergence.name == "uld":
         if refused := set(reports) & set(REPORTS):
             raise ValueError(f"reports: got {sorted(refused)}; divergence=uld compares no token with another")
-        vocabulary = max(sizes)
-    elif vocabulary is None and sizes[0] != sizes[1]:
-        raise ValueError(
-            f"vocabulary: the student has {sizes[0]} tokens, the teacher {sizes[1]}; expected equal numbers, or to be "
-            "told how many ids from 0 mean the same in both (divergence=uld compares different tokenizers)"
-        )
-    elif vocabulary is not None and not 0 < vocabulary <= min(sizes):
-        raise ValueError(f"vocabulary: got {vocabulary}; expected 1 to {min(sizes)}, the smaller model's")
-    ask = _Live(divergence, *_asked(needs, reports), teacher[0], vocabulary or sizes[0])
+        ask = _Ranked(divergence, *asked, teacher[0])
+    else:
+        if vocabulary is None and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"vocabulary: the student has {sizes[0]} tokens, the teacher {sizes[1]}; expected equal numbers, or to "
+                "be told how many ids from 0 mean the same in both (divergence=uld compares different tokenizers)"
+            )
+        if vocabulary is not None and not 0 < vocabulary <= min(sizes):
+            raise ValueError(f"vocabulary: got {vocabulary}; expected 1 to {min(sizes)}, the smaller model's")
+        ask = _Live(divergence, *asked, teacher[0], vocabulary or sizes[0])
     rows = (labels_BT, jax.lax.stop_gradient(teacher[2]))
     return heads.over_chunks(ask, config, head, x_BTD, rows, teacher[:2], mesh)
 
