@@ -8,7 +8,7 @@ from jaxft.checkpoint.errors import CheckpointError
 from jaxft.cli import target
 from jaxft.cli.target import Target
 from jaxft.core import tree
-from jaxft.data import encode, template
+from jaxft.data import template, texts
 from jaxft.model import Model
 from jaxft.rollout import replies
 
@@ -35,7 +35,7 @@ class Speaker:
 
     def raw(self, text: str) -> list[int]:
         """A text as a prompt, to be continued."""
-        return encode.ends(self.tokenizer)[0] + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return texts.ends(self.tokenizer)[0] + self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def load(found: Target) -> Speaker:

@@ -21,11 +21,33 @@ class DataConfig:
     """Rename columns before the format is recognised: `{question: prompt, answer: completion}`."""
     task_column: str | None = None
     """Column that numbers the task of a row, from 0, for multitask prompt tuning; None: every row is of task 0."""
-    format: Literal["auto", "messages", "conversations", "prompt_completion", "alpaca", "text"] = "auto"
-    """How rows are written; `auto` recognises it from the first good row, in the order of this list."""
+    format: Literal[
+        "auto",
+        "messages",
+        "conversations",
+        "prompt_completion",
+        "ultrafeedback",
+        "dolly",
+        "alpaca",
+        "text",
+        "flan",
+        "hh_rlhf",
+        "preference",
+        "labelled",
+        "stepwise",
+        "oasst",
+    ] = "auto"
+    """How rows are written; `auto` recognises it from the first good row, in the order of this list, among the formats
+    that the objective can use. In sft, `preference` (which must be asked for), `hh_rlhf` and `ultrafeedback` learn the
+    preferred completions alone."""
+    paths: Literal["best", "all"] = "best"
+    """What is taken of OpenAssistant's trees. To learn: the path of the replies ranked best, or every path from the
+    root. To compare: at each prompt its best reply with its worst, or every two replies of different rank."""
+    step_separator: str = "\n"
+    """What stands after each step of a solution (format `stepwise`); there the step is judged."""
     on_error: Literal["refuse", "skip"] = "refuse"
-    """A bad row (malformed, missing field, empty completion, roles out of order) stops the run, or is skipped and
-    counted."""
+    """A bad row (malformed, missing field, empty completion, roles out of order, the same text chosen and rejected, a
+    prompt that leaves no room for its completion) stops the run, or is skipped and counted."""
 
     template: str = "tokenizer"
     """Chat template: `tokenizer` (its own), one shipped here (`chatml`, `llama`, `gemma`, `alpaca`, `plain`), or a
@@ -37,7 +59,8 @@ class DataConfig:
     `train: true` or `train: false` on a message overrides it for that message. Plain text is always learnt whole."""
 
     max_length: int = 2048
-    """Tokens in a row, and the longest example kept whole."""
+    """Tokens in a row, and the longest example kept whole. Rows of pairs hold twice as many: each of the two may be as
+    long."""
     length_multiple: int = 1
     """Rows are padded up to a multiple of this many tokens (the block of an attention kernel); no example is longer
     than `max_length`."""

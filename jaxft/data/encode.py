@@ -1,48 +1,17 @@
-"""Rows to tokens and the mask of what is learnt, a chunk of rows at a time; runs in worker processes.
-
-Texts are tokenised whole, in one call a chunk, and learnt characters are mapped to tokens by offsets. At inference the
-prompt comes alone: where that gives other tokens than the whole text has (a line break at its end that merges with one
-that begins the reply), the text is tokenised in pieces; unless that changes the text (tokenizers that put a space
-before every piece), when a token that belongs to both counts as learnt. Both are counted.
-"""
+"""Rows to tokens and the mask of what is learnt, a chunk of rows at a time; runs in worker processes."""
 
 import hashlib
 import json
-import re
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.data import formats, layout, template
-from jaxft.data.config import DataConfig
+from jaxft.data import groups, texts
 from jaxft.data.errors import DataError
+from jaxft.data.groups import Group
 from jaxft.data.records import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-
-LEADS = 1000
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """All that turns rows into tokens; picklable."""
-
-    tokenizer: "PreTrainedTokenizerFast"
-    render: template.Renderer | None
-    """None for formats without chats."""
-    format: str
-    loss_on: str
-    task_column: str | None
-    prefix: list[int]
-    suffix: list[int]
-    """What stands before and after a text that is not a chat: BOS where the tokenizer puts it itself, and EOS."""
-    added: re.Pattern[str]
-    """Finds the tokens that split a text wherever they stand."""
-    leads: dict[str, list[int]] = field(default_factory=dict)
-    """Tokens of the stretches that lead up to learnt parts, which are few and come again and again."""
+from jaxft.data.texts import Encoder, Tokens
 
 
 @dataclass(frozen=True)
@@ -56,94 +25,67 @@ class Chunk:
     rows: np.ndarray
     keys: np.ndarray
     tasks: np.ndarray
+    columns: dict[str, np.ndarray]
+    """What else is known of each example (see `Examples`)."""
+    steps: np.ndarray
+    """See `Tokens`."""
     errors: tuple[DataError, ...]
     silent: int
-    """Rows in which no message is to be learnt."""
+    """Rows in which no message is to be learnt, or nothing can be compared."""
     cut: int
     """Learnt parts that are tokenised apart from their prompts, as at inference."""
     shared: int
     """Learnt parts that should be, and cannot."""
 
 
-class Text(NamedTuple):
-    """A text to tokenise after `prefix`, ended by `suffix`; characters in `spans` are learnt."""
+class Made(NamedTuple):
+    """A group with what is known of its row."""
 
-    prefix: list[int]
-    text: str
-    suffix: list[int]
-    spans: tuple[layout.Span, ...]
-
-
-class Tokens(NamedTuple):
-    """One example."""
-
-    ids: np.ndarray
-    loss: np.ndarray
-    cut: int
-    shared: int
-
-
-def encoder(tokenizer: "PreTrainedTokenizerFast", config: DataConfig, format: str, needs_template: bool) -> Encoder:
-    """The encoder of a data set whose rows are of `format`."""
-    name, options = config.template, config.template_options
-    render = template.renderer(tokenizer, name, options) if needs_template else None
-    if tokenizer.eos_token_id is None:
-        got = "a tokenizer without an EOS token"
-        remedy = "Set eos_token in tokenizer_config.json."
-        raise DataError("", "tokenizer.eos_token", got, "one, to end what is learnt", remedy)
-    names = sorted((str(token.content) for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    added = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-    return Encoder(tokenizer, render, format, config.loss_on, config.task_column, *ends(tokenizer), added)
+    group: Group
+    where: str
+    number: int
+    key: int
+    task: int
 
 
 def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
     """Tokenise rows, the first of which has the number `first`."""
-    texts: list[Text] = []
-    numbers: list[int] = []
-    keys: list[int] = []
-    tasks: list[int] = []
-    errors: list[DataError] = []
+    found: list[Made] = []
+    errors: list[tuple[int, DataError]] = []
     silent = 0
     for number, row in enumerate(rows, first):
         try:
             if isinstance(row, DataError):
                 raise row
-            found, task = texts_of(encoder, row), task_of(row, encoder.task_column)
+            made, task = groups.groups_of(encoder, row), task_of(row, encoder.task_column)
         except DataError as error:
-            errors.append(error)
+            errors.append((number, error))
             continue
-        silent += not found
-        texts += found
-        numbers += [number] * len(found)
-        keys += [key_of(row)] * len(found)
-        tasks += [task] * len(found)
-    examples = tokenise(encoder, texts)
+        silent += not made
+        found += [Made(group, row.where, number, key_of(row), task) for group in made]
+    tokens = iter(texts.tokenise(encoder, [text for made in found for text in made.group.texts]))
+    kept: list[tuple[Made, Tokens]] = []
+    for made in found:
+        several = [next(tokens) for _ in made.group.texts]
+        try:
+            kept += [(made, each) for each in groups.checked(encoder, several, made.where)]
+        except DataError as error:
+            errors.append((made.number, error))
+    examples = [each for _, each in kept]
     return Chunk(
         np.concatenate([each.ids for each in examples] or [np.zeros(0, np.int32)]),
         np.concatenate([each.loss for each in examples] or [np.zeros(0, bool)]),
         np.array([len(each.ids) for each in examples], np.int64),
-        np.array(numbers, np.int64),
-        np.array(keys, np.uint64),
-        np.array(tasks, np.int32),
-        tuple(errors),
+        np.array([made.number for made, _ in kept], np.int64),
+        np.array([made.key for made, _ in kept], np.uint64),
+        np.array([made.task for made, _ in kept], np.int32),
+        groups.columns(encoder, [made.group for made, _ in kept]),
+        np.concatenate([each.steps for each in examples] or [np.zeros(0, np.int8)]),
+        tuple(error for _, error in sorted(errors, key=lambda each: each[0])),
         silent,
         sum(each.cut for each in examples),
         sum(each.shared for each in examples),
     )
-
-
-def texts_of(encoder: Encoder, row: Row) -> list[Text]:
-    """What there is to tokenise in a row."""
-    form = formats.convert(row, encoder.format)
-    if isinstance(form, formats.Document):
-        return [Text(encoder.prefix, form.text, encoder.suffix, (layout.Span(0, len(form.text)),))]
-    if isinstance(form, formats.Pair):
-        text = form.prompt + form.completion
-        start = 0 if encoder.loss_on == "all" else len(form.prompt)
-        return [Text(encoder.prefix, text, encoder.suffix, (layout.Span(start, len(text)),))]
-    assert encoder.render is not None, "a chat in a data set without chats"
-    laid = layout.lay_out(form, encoder.render, encoder.loss_on, row.where)
-    return [Text([], each.text, [], each.spans) for each in laid]
 
 
 def task_of(row: Row, column: str | None) -> int:
@@ -155,88 +97,7 @@ def task_of(row: Row, column: str | None) -> int:
     return task
 
 
-def ends(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
-    """BOS where the tokenizer itself puts one before a text, and EOS, always."""
-    bos: Any = tokenizer.bos_token_id
-    eos: Any = tokenizer.eos_token_id
-    return [bos] if template.begins_with_bos(tokenizer) else [], [eos]
-
-
 def key_of(row: Row) -> int:
     """64 bits of the row's content: what decides whether it is held out."""
     content = json.dumps(row.fields, sort_keys=True, default=str, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def tokenise(encoder: Encoder, texts: list[Text]) -> list[Tokens]:
-    """Tokens and mask of every text."""
-    if not texts:
-        return []
-    # The length of a text is the packer's business: no warning about the model's own.
-    whole: Any = encoder.tokenizer(
-        [each.text for each in texts],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    pairs = zip(texts, whole["input_ids"], whole["offset_mapping"], strict=True)
-    return [finish(encoder, text, ids, offsets) for text, ids, offsets in pairs]
-
-
-def finish(encoder: Encoder, text: Text, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
-    """Mask one text, cut where its prompts alone have other tokens, and put its ends on."""
-    starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
-    shared = unlike_prompts(encoder, text, ids, starts, stops)
-    cut = 0
-    if shared:
-        pieces = in_pieces(encoder.tokenizer, text.text, ids, shared)
-        if pieces is not None:
-            ids, starts, stops = pieces
-            cut, shared = len(shared), []
-    learnt = np.zeros(len(ids), bool)
-    for start, stop in text.spans:
-        learnt |= (starts < stop) & (stops > start)
-    # An end that the text brings itself is not written twice.
-    suffix = [] if text.suffix and ids[-1:] == text.suffix else text.suffix
-    prefix = [] if text.prefix and ids[:1] == text.prefix else text.prefix
-    loss = np.concatenate((np.zeros(len(prefix), bool), learnt, np.ones(len(suffix), bool)))
-    return Tokens(np.array([*prefix, *ids, *suffix], np.int32), loss, cut, len(shared))
-
-
-def unlike_prompts(encoder: Encoder, text: Text, ids: list[int], starts: np.ndarray, stops: np.ndarray) -> list[int]:
-    """Beginnings of learnt parts before which the tokens are not those of the text that leads up to there, alone.
-
-    Added tokens split a text, so only what follows the last of them needs a look."""
-    marks = np.array([match.start() for match in encoder.added.finditer(text.text)], np.int64)
-    found = []
-    for at, _ in text.spans:
-        before = marks[: np.searchsorted(marks, at)]
-        first = int(before[-1]) if len(before) else 0
-        lead = text.text[first:at]
-        if lead and lead not in encoder.leads:
-            if len(encoder.leads) > LEADS:
-                encoder.leads.clear()
-            encoder.leads[lead] = encoder.tokenizer(lead, add_special_tokens=False)["input_ids"]
-        low, high = np.searchsorted(starts, first), np.searchsorted(stops, at, side="right")
-        if lead and ids[low:high] != encoder.leads[lead]:
-            found.append(at)
-    return found
-
-
-def in_pieces(
-    tokenizer: "PreTrainedTokenizerFast", text: str, whole: list[int], cuts: list[int]
-) -> tuple[list[int], np.ndarray, np.ndarray] | None:
-    """Ids and offsets of the text tokenised piece by piece; None if the pieces no longer spell the same text."""
-    ids: list[int] = []
-    offsets: list[np.ndarray] = []
-    for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        piece: Any = tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids += piece["input_ids"]
-        offsets.append(np.array(piece["offset_mapping"], np.int64).reshape(-1, 2) + start)
-    if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != tokenizer.decode(
-        whole, clean_up_tokenization_spaces=False
-    ):
-        return None
-    starts, stops = np.concatenate(offsets).T
-    return ids, starts, stops

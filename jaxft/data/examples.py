@@ -7,17 +7,19 @@ it is the same for every seed, row order and number of workers, and equal rows n
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxft.data import encode, formats, records
+from jaxft.data import encode, formats, records, texts, trees
 from jaxft.data.config import DataConfig
 from jaxft.data.encode import Chunk
 from jaxft.data.errors import DataError
+from jaxft.data.forms import Conversation, Stepwise, parsed, taught
 from jaxft.data.records import Row
 
 if TYPE_CHECKING:
@@ -53,18 +55,31 @@ class Examples:
     pad_id: int
     source: records.Records
     reading: Reading
+    form: str = "tokens"
+    """What they are to an objective (`Objective.rows`); of `pairs`, two in a row are the chosen and the rejected."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """What else is known of each example: `label`, `margin`."""
+    steps: np.ndarray | None = None
+    """As long as `tokens`: 2 where a right step ends, 1 where a wrong one does; None without steps."""
+
+    @property
+    def group(self) -> int:
+        """How many examples in a row belong together."""
+        return 2 if self.form == "pairs" else 1
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def task_at(self, token: int) -> int:
-        """The task of the example that holds this token."""
-        return int(self.tasks[np.searchsorted(self.offsets, token, side="right") - 1])
+    def example_at(self, token: int) -> int:
+        """The number of the example that holds this token."""
+        return int(np.searchsorted(self.offsets, token, side="right")) - 1
 
     def digest(self) -> str:
         """A hash of all tokens and masks: what a cursor belongs to."""
-        state = hashlib.blake2b(digest_size=16)
-        for array in (self.tokens, self.loss, self.offsets, *([self.tasks] if self.tasks.any() else [])):
+        state = hashlib.blake2b(self.form.encode() if self.form != "tokens" else b"", digest_size=16)
+        steps = [] if self.steps is None else [self.steps]
+        more = [*([self.tasks] if self.tasks.any() else []), *self.columns.values(), *steps]
+        for array in (self.tokens, self.loss, self.offsets, *more):
             state.update(np.ascontiguousarray(array).view(np.uint8).data)
         return state.hexdigest()
 
@@ -84,16 +99,23 @@ class Prepared:
     format: str
 
 
-def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
-    """Read and tokenise everything the config names. Raises DataError at the first bad row, unless skipping."""
-    check(config)
+def prepare(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerFast", rows: str = "tokens", reserved: int = 0
+) -> Prepared:
+    """Read and tokenise everything the config names. Raises DataError at the first bad row, unless skipping.
+
+    ``rows``: what the objective wants of them (`Objective.rows`): tokens to learn, pairs of a chosen and a rejected
+    completion, labelled completions (pairs are taken apart), or solutions with labelled steps.
+    ``reserved``: positions of a sequence that a trained prompt takes (see `Loader`)."""
+    check(config, rows)
+    loaded = functools.partial(load, config=config, tokenizer=tokenizer, rows=rows, reserved=reserved)
     source = records.read(config.path, config.split, config.subset, config.limit, config.columns)
-    train, keys, format = load(source, config.path, config, tokenizer)
+    train, keys, format = loaded(source, config.path)
     held_out = None
     if config.eval_path is not None or config.eval_split is not None:
         path, split = config.eval_path or config.path, config.eval_split or config.split
         other = records.read(path, split, config.subset, None, config.columns)
-        held_out, _, _ = load(other, path, config, tokenizer)
+        held_out, _, _ = loaded(other, path)
     elif config.eval_fraction or config.eval_examples:
         aside = hold_out(train.rows, keys, config)
         train, held_out = select(train, ~aside), select(train, aside)
@@ -103,8 +125,20 @@ def prepare(config: DataConfig, tokenizer: "PreTrainedTokenizerFast") -> Prepare
     return Prepared(train, held_out, format)
 
 
-def check(config: DataConfig) -> None:
-    """Refuse settings that contradict each other."""
+def check(config: DataConfig, rows: str) -> None:
+    """Refuse settings that contradict each other, or the rows that the objective wants."""
+    if rows not in formats.FORMATS:
+        raise ValueError(f"rows: got {rows!r}; expected one of {', '.join(formats.FORMATS)}")
+    if config.format not in ("auto", "oasst"):
+        formats.check(config.format, rows)
+    if rows != "tokens":
+        for name, value, expected in (
+            ("packing", "wrapped", "best_fit or none: a sequence is judged whole"),
+            ("overlong", "split", "truncate or drop: a sequence is judged whole"),
+            ("loss_on", "all", "assistant or last: a completion is judged, not its prompt"),
+        ):
+            if dataclasses.asdict(config)[name] == value:
+                raise DataError("", f"data.{name}", f"{value}, for an objective on {rows}", expected, "")
     ways = [config.eval_path is not None or config.eval_split is not None, config.eval_fraction, config.eval_examples]
     if sum(bool(way) for way in ways) > 1:
         got = "several ways to hold out data"
@@ -122,12 +156,17 @@ def check(config: DataConfig) -> None:
 
 
 def load(
-    source: records.Records, path: str | Sequence[str], config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+    source: records.Records,
+    path: str | Sequence[str],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    rows: str,
+    reserved: int,
 ) -> tuple[Examples, np.ndarray, str]:
     """The examples of a source, the content key of each, and the format."""
-    label = path if isinstance(path, str) else ", ".join(path)
-    format = config.format if config.format != "auto" else formats.detect(source.rows(0, CHUNK), label)
-    encoder = encode.encoder(tokenizer, config, format, has_chats(source, format))
+    source, format = opened(source, path, config, rows)
+    margin = rows == "pairs" and has_margin(source)
+    encoder = texts.encoder(tokenizer, config, format, has_chats(source, format, rows), rows, margin, reserved)
     chunks = []
     with contextlib.closing(encoded(source, encoder, config.workers)) as found:
         for chunk in found:
@@ -144,22 +183,47 @@ def load(
         np.concatenate([chunk.tasks for chunk in chunks]),
         padding,
         source,
-        reading(len(source), chunks),
+        reading(len(source), chunks, rows),
+        rows,
+        {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in chunks[0].columns},
+        np.concatenate([chunk.steps for chunk in chunks]) if rows == "steps" else None,
     )
     return examples, np.concatenate([chunk.keys for chunk in chunks]), format
 
 
-def has_chats(source: records.Records, format: str) -> bool:
+def opened(
+    source: records.Records, path: str | Sequence[str], config: DataConfig, rows: str
+) -> tuple[records.Records, str]:
+    """The rows to convert, which are those of the source unless these make up trees, and their format."""
+    start = source.rows(0, CHUNK)
+    if config.format == "oasst" or (config.format == "auto" and trees.hold(start)):
+        source = trees.flatten(source, config.paths, pairs=rows in ("pairs", "labelled"))
+        return source, "messages" if rows == "tokens" else "preference"
+    label = path if isinstance(path, str) else ", ".join(path)
+    return source, config.format if config.format != "auto" else formats.detect(start, label, rows)
+
+
+def has_margin(source: records.Records) -> bool:
+    """Whether the first good row has a margin."""
+    first = next((row for row in source.rows(0, CHUNK) if isinstance(row, Row)), None)
+    return first is not None and first.fields.get("margin") is not None
+
+
+def has_chats(source: records.Records, format: str, rows: str = "tokens") -> bool:
     """Whether rows of the format need a chat template; prompt and completion do when they are messages."""
-    if format != "prompt_completion":
+    good = (row for row in source.rows(0, CHUNK) if isinstance(row, Row))
+    if format == "prompt_completion":
+        return any(not isinstance(parsed(row, "prompt"), str) for row in good if row.fields.get("prompt") is not None)
+    if format not in ("preference", "labelled", "stepwise"):
         return format != "text"
-    rows = (row for row in source.rows(0, CHUNK) if isinstance(row, Row))
-    return any(
-        not isinstance(formats.parsed(row, "prompt"), str) for row in rows if row.fields.get("prompt") is not None
-    )
+    for row in good:
+        with contextlib.suppress(DataError):
+            form = formats.convert(row, format, rows)
+            return isinstance(form.prompt if isinstance(form, Stepwise) else taught(form), Conversation)
+    return False
 
 
-def encoded(source: records.Records, encoder: encode.Encoder, workers: int) -> Generator[Chunk, None, None]:
+def encoded(source: records.Records, encoder: texts.Encoder, workers: int) -> Generator[Chunk, None, None]:
     """Chunks in the order of the rows, whatever the number of workers: grain's workers return elements in turn."""
     import grain
 
@@ -186,7 +250,7 @@ class Work:
     """What a worker does with the number of a chunk's first row."""
 
     source: records.Records
-    encoder: encode.Encoder
+    encoder: texts.Encoder
     size: int
 
     def __call__(self, start: int) -> Chunk:
@@ -203,17 +267,17 @@ def refusal(errors: Sequence[DataError]) -> DataError:
     return DataError(first.where, first.field, first.got, first.expected, first.remedy + more)
 
 
-def reading(rows: int, chunks: list[Chunk]) -> Reading:
+def reading(size: int, chunks: list[Chunk], rows: str) -> Reading:
     """The counts of all chunks."""
     errors = [str(error) for chunk in chunks for error in chunk.errors]
     examples = sum(len(chunk.rows) for chunk in chunks)
     sources = sum(len(np.unique(chunk.rows)) for chunk in chunks)
     return Reading(
-        rows,
+        size,
         len(errors),
         tuple(errors[:5]),
         sum(chunk.silent for chunk in chunks),
-        examples - sources,
+        examples - sources if rows == "tokens" else 0,
         sum(chunk.cut for chunk in chunks),
         sum(chunk.shared for chunk in chunks),
     )
@@ -241,4 +305,6 @@ def select(examples: Examples, keep: np.ndarray) -> Examples:
         offsets=offsets,
         rows=examples.rows[keep],
         tasks=examples.tasks[keep],
+        columns={name: array[keep] for name, array in examples.columns.items()},
+        steps=None if examples.steps is None else examples.steps[tokens],
     )

@@ -1,82 +1,68 @@
-"""Recognise how a row is written and convert it: to a document, a prompt with its completion, or a conversation.
+"""Recognise how a row is written and convert it: to a document, a prompt with its completion, a conversation, or what
+judges completions.
 
 The format is recognised once for a data set, from its first good row; a later row that lacks the format's fields is
-then an error and not, silently, a row of another format. Messages keep fields that only a template understands
-(`reasoning_content`, `name`).
+then an error and not, silently, a row of another format. Which formats there are depends on the rows that an objective
+asks for (`Objective.rows`): an objective on labelled completions takes pairs apart.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-from jaxft.data import turns
-from jaxft.data.errors import DataError, short
+from jaxft.data import instructions, preferences
+from jaxft.data.errors import DataError
+from jaxft.data.forms import (
+    Conversation,
+    Document,
+    Form,
+    Pair,
+    Preference,
+    conversation,
+    from_pair,
+    listed,
+    string,
+    taught,
+)
 from jaxft.data.records import SKIP, Row
 
-
-@dataclass(frozen=True)
-class Document:
-    """Plain text, learnt whole."""
-
-    text: str
+__all__ = ["Conversation", "Document", "Form", "Pair", "convert", "detect"]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Strings: what is given and what is learnt."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Chat messages as a template takes them; `train` holds each message's own flag; the first `given` are context."""
-
-    messages: tuple[dict[str, Any], ...]
-    train: tuple[bool | None, ...]
-    tools: tuple[dict[str, Any], ...] = ()
-    given: int = 0
-
-
-Form = Document | Pair | Conversation
-
-FIELDS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
-
-
-def detect(rows: Iterable[Row | DataError], where: str) -> str:
-    """The format of the first good row, in the order of `FIELDS`; the first field of a format claims the row."""
+def detect(rows: Iterable[Row | DataError], where: str, wanted: str = "tokens") -> str:
+    """The format of the first good row, among those for the `wanted` rows; the first that claims it."""
     keys: list[str] = []
     for row in rows:
         if isinstance(row, DataError):
             continue
         keys = sorted(row.fields)
-        for name, fields in FIELDS.items():
-            if fields[0] in row.fields:
+        for name, format in FORMATS[wanted].items():
+            if format.claims(row.fields):
                 return name
         break
-    known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FIELDS.items())
+    known = "; ".join(f"{name}: {', '.join(format.fields)}" for name, format in FORMATS[wanted].items())
     got = f"columns {keys}" if keys else "no row that can be read"
     remedy = "Name the columns with data.columns, such as {question: prompt, answer: completion}."
-    if "chosen" in keys:
-        remedy = "Preference data (chosen, rejected) is for preference objectives, not for sft."
+    if wanted == "tokens" and "chosen" in keys:
+        remedy = "Preference data (chosen, rejected) is for preference objectives, not for sft"
+        remedy += " (data.format=preference learns the chosen ones)."
     raise DataError(where, "", got, f"one of the known formats ({known})", remedy)
 
 
-def convert(row: Row, name: str) -> Form:
-    """The row in its internal form; raises DataError naming the field at fault."""
-    for field in FIELDS[name]:
+def convert(row: Row, name: str, wanted: str = "tokens") -> Form | None:
+    """The row in its internal form; None where it holds nothing to compare. Raises DataError naming the field."""
+    format = FORMATS[wanted][name]
+    for field in format.fields:
         if row.fields.get(field) is None:
             got = f"columns {sorted(key for key, value in row.fields.items() if value is not None)}"
             raise DataError(row.where, field, f"nothing ({got})", f"the field, as the format {name} has it", SKIP)
-    return CONVERT[name](row)
+    return format.convert(row)
+
+
+def check(name: str, wanted: str) -> None:
+    """Refuse a `data.format` that cannot give the `wanted` rows."""
+    if name not in FORMATS[wanted]:
+        expected = f"one of {', '.join(FORMATS[wanted])}, for an objective on {wanted}"
+        raise DataError("", "data.format", repr(name), expected, "Set data.format=auto, or change the objective.")
 
 
 def from_text(row: Row) -> Document:
@@ -87,140 +73,77 @@ def from_text(row: Row) -> Document:
     return Document(text)
 
 
-def from_pair(row: Row) -> Form:
-    """`{"prompt": …, "completion": …}`: both strings, or both messages (the prompt is then context alone)."""
-    prompt, completion = parsed(row, "prompt"), parsed(row, "completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
-            raise DataError(row.where, "completion", "an empty completion", "something to learn", SKIP)
-        return Pair(prompt, completion)
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return conversation(row, "prompt + completion", [*prompt, *completion], given=len(prompt))
-    got = f"{type(prompt).__name__} and {type(completion).__name__}"
-    raise DataError(row.where, "prompt, completion", got, "both strings or both lists of messages", SKIP)
-
-
 def from_messages(row: Row) -> Conversation:
     """`{"messages": [{"role": …, "content": …}, …]}`, as OpenAI writes it."""
     return conversation(row, "messages", listed(row, "messages"))
 
 
-def from_sharegpt(row: Row) -> Conversation:
-    """`{"conversations": [{"from": "human", "value": …}, …]}`; messages with role and content are accepted too."""
-    messages: list[Any] = [sharegpt_message(row, i, item) for i, item in enumerate(listed(row, "conversations"))]
-    return conversation(row, "conversations", with_system(row, messages))
+def from_best(row: Row) -> Conversation:
+    """UltraFeedback's best completion."""
+    best = instructions.rated(row)[:1]
+    messages = [{"role": "user", "content": row.fields["instruction"]}]
+    messages += [{"role": "assistant", "content": text} for _, _, text in best]
+    places = ["instruction", *(f"completions[{i}]" for _, i, _ in best)]
+    return conversation(row, "completions", messages, places=places)
 
 
-def from_alpaca(row: Row) -> Conversation:
-    """`{"instruction", "input", "output"}`, with `system` and `history` where present."""
-    instruction, given, output = string(row, "instruction"), string(row, "input"), string(row, "output")
-    messages: list[dict[str, Any]] = []
-    for past in row.fields.get("history") or []:
-        if not isinstance(past, list | tuple) or len(past) != 2:
-            raise DataError(row.where, "history", short(past), "pairs of instruction and answer", SKIP)
-        messages += [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}]
-    both = f"{instruction}\n\n{given}" if given.strip() else instruction
-    # The alpaca template shows the two parts under headings of their own.
-    messages.append({"role": "user", "content": both, "instruction": instruction, "input": given})
-    messages.append({"role": "assistant", "content": output})
-    return conversation(row, "output", with_system(row, messages))
+def chosen(convert: Callable[[Row], Preference | None]) -> Callable[[Row], Form | None]:
+    """The preferred completion alone, as one to learn."""
+    return lambda row: taught(convert(row))
 
 
-def with_system(row: Row, messages: list[Any]) -> list[Any]:
-    """The messages after the row's own `system` column, if there is one."""
-    system = row.fields.get("system")
-    there = isinstance(system, str) and system.strip()
-    return [{"role": "system", "content": system}, *messages] if there else messages
+Fields = dict[str, Any]
 
 
-def sharegpt_message(row: Row, i: int, item: Any) -> Any:
-    """One ShareGPT turn as a message."""
-    if not isinstance(item, dict) or "from" not in item:
-        return item
-    rest = {key: value for key, value in item.items() if key not in ("from", "value")}
-    role, value = SHAREGPT_ROLES.get(item["from"]), item.get("value")
-    if role is None:
-        expected = f"one of {', '.join(SHAREGPT_ROLES)}"
-        raise DataError(row.where, f"conversations[{i}].from", short(item["from"]), expected, SKIP)
-    if item["from"] != "function_call":
-        return {"role": role, "content": value, **rest}
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        raise DataError(row.where, f"conversations[{i}].value", short(value), "a call as JSON", SKIP) from None
-    return {"role": role, "content": "", "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
+class Format(NamedTuple):
+    """The columns of a format, how a row becomes a form, and whether a row is of this format."""
+
+    fields: tuple[str, ...]
+    convert: Callable[[Row], Form | None]
+    claims: Callable[[Fields], bool]
 
 
-def conversation(row: Row, field: str, messages: list[Any], given: int = 0) -> Conversation:
-    """Check and normalise messages: known roles in order, text contents, flags taken out, tool calls as objects."""
-    clean, flags = [], []
-    for i, message in enumerate(messages):
-        place = f"{field}[{i}]"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(row.where, place, short(message), "an object with `role` and `content`", SKIP)
-        message, flag = turns.take_flag(row.where, place, message)
-        clean.append(turns.normalise(row.where, place, message))
-        flags.append(flag)
-    turns.check_order(row.where, field, clean)
-    return Conversation(tuple(clean), tuple(flags), tools_of(row), given)
+def first(fields: tuple[str, ...], convert: Callable[[Row], Form | None]) -> Format:
+    """A format that its first column is enough to recognise: a row without the others is then an error."""
+    return Format(fields, convert, lambda row: fields[0] in row)
 
 
-def tools_of(row: Row) -> tuple[dict[str, Any], ...]:
-    """The `tools` column: a list of JSON schemas, or that list written as JSON."""
-    if not row.fields.get("tools"):
-        return ()
-    tools = parsed(row, "tools")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(row.where, "tools", short(tools), "a list of JSON schemas", SKIP)
-    return tuple(tools)
+def rates(row: Fields) -> bool:
+    """Whether a row is of UltraFeedback."""
+    return {"instruction", "completions"} <= row.keys() and "output" not in row
 
 
-def string(row: Row, field: str) -> str:
-    """A column that must hold text; absent is empty."""
-    value = row.fields.get(field)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(row.where, field, f"{type(value).__name__} {short(value)}", "a string", SKIP)
-    return value
+def is_dolly(row: Fields) -> bool:
+    """Whether a row is of Dolly and not of Alpaca."""
+    return {"instruction", "response"} <= row.keys() and "output" not in row
 
 
-def listed(row: Row, field: str) -> list[Any]:
-    """A column that must hold a list with something in it (or that list written as JSON, as csv has it)."""
-    value = parsed(row, field)
-    if not isinstance(value, list) or not value:
-        raise DataError(row.where, field, f"{type(value).__name__} {short(value)}", "a list of messages", SKIP)
-    return value
+def is_dialogue(row: Fields) -> bool:
+    """Whether a row holds two transcripts."""
+    return instructions.is_transcript(row.get("chosen")) and instructions.is_transcript(row.get("rejected"))
 
 
-def parsed(row: Row, field: str) -> Any:
-    """The column's value; a string that is a JSON list of objects (csv has no other way) is parsed."""
-    value = row.fields[field]
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
-
-
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "function_response": "tool",
-    "observation": "tool",
-    "tool": "tool",
+RATED, COMPARED = ("instruction", "completions"), ("chosen", "rejected")
+JUDGED = {
+    "hh_rlhf": Format(COMPARED, preferences.from_transcripts, is_dialogue),
+    "preference": first(COMPARED, preferences.from_preference),
+    "ultrafeedback": Format(RATED, preferences.from_ultrafeedback, rates),
 }
-CONVERT = {
-    "messages": from_messages,
-    "conversations": from_sharegpt,
-    "prompt_completion": from_pair,
-    "alpaca": from_alpaca,
-    "text": from_text,
+FORMATS: dict[str, dict[str, Format]] = {
+    "tokens": {
+        "messages": first(("messages",), from_messages),
+        "conversations": first(("conversations",), instructions.from_sharegpt),
+        "prompt_completion": first(("prompt", "completion"), from_pair),
+        "ultrafeedback": Format(RATED, from_best, rates),
+        "dolly": Format(("instruction", "response"), instructions.from_dolly, is_dolly),
+        "alpaca": first(("instruction", "output"), instructions.from_alpaca),
+        "text": first(("text",), from_text),
+        "flan": first(("inputs", "targets"), instructions.from_flan),
+        "hh_rlhf": Format(COMPARED, chosen(preferences.from_transcripts), is_dialogue),
+        # Learning only what is preferred must be asked for.
+        "preference": Format(COMPARED, chosen(preferences.from_preference), lambda row: False),
+    },
+    "pairs": JUDGED,
+    "labelled": {"labelled": first(("completion", "prompt", "label"), preferences.from_labelled)} | JUDGED,
+    "steps": {"stepwise": first(("completions", "prompt", "labels"), preferences.from_stepwise)},
 }

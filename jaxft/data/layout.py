@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from jaxft.data import template
 from jaxft.data.errors import DataError, short
-from jaxft.data.formats import Conversation
+from jaxft.data.forms import Conversation
 from jaxft.data.turns import REASONING, REMEDY
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data import pack
+from jaxft.data import pack, sequences
 from jaxft.data import report as report_
 from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
@@ -25,11 +25,25 @@ class Loader:
     """An iterator over batches `[batch_rows, T]`: `tokens`, `positions`, `loss_mask`, `segments` if packed, and
     `task_ids` if the examples are of several tasks.
 
+    Rows of whole sequences, for objectives that judge them, always have `segments`, which number a row's sequences
+    from 1, and arrays `[batch_rows, S]`, S being the most that a row of this loader holds: `sequence_mask` and what is
+    known of each (`label`, `margin`). Of pairs, sequences 2p and 2p + 1 are the chosen and the rejected of one. Steps
+    are `step_mask` and `step_label`, bool `[batch_rows, T]`: where one ends, and whether it is right.
+    With `mismatched`, labelled ones come with the same arrays again, under names that begin with `kl_`, for their
+    prompts with the completions of others.
+
     With `reserved` positions for a prompt, `max_length` counts them too: packed, every document begins with so many
     positions whose tokens mean nothing; otherwise rows are shorter by as much, and the model adds the prompt itself."""
 
     def __init__(
-        self, examples: Examples, config: DataConfig, *, batch_rows: int, epochs: int | None = None, reserved: int = 0
+        self,
+        examples: Examples,
+        config: DataConfig,
+        *,
+        batch_rows: int,
+        epochs: int | None = None,
+        reserved: int = 0,
+        mismatched: bool = True,
     ):
         """`epochs` None goes on for ever."""
         self.examples, self.config, self.batch_rows, self.epochs = examples, config, batch_rows, epochs
@@ -40,8 +54,9 @@ class Loader:
         if config.packing == "wrapped" and examples.tasks.any():
             got, remedy = "wrapped, with rows of several tasks", "Set data.packing=best_fit or none."
             raise DataError("", "data.packing", got, "documents that do not share a prompt", remedy)
-        self.segmented = config.packing == "best_fit"
-        whole = -(-config.max_length // config.length_multiple) * config.length_multiple
+        self.judged = examples.form != "tokens"
+        self.segmented = config.packing == "best_fit" or self.judged
+        whole = whole_blocks(config.max_length * examples.group, config)
         self.length = whole if self.segmented else whole - reserved
         longest = 2**62 if config.packing == "wrapped" else room
         found = pack.pieces(examples, longest, config.overlong)
@@ -51,7 +66,11 @@ class Loader:
                 "See the report: raise data.max_length or set data.overlong.",
             )
             raise DataError("", "data", got, "at least one", remedy)
-        self.plan = pack.plan(found, self.length, config.packing, reserved)
+        self.plan = pack.plan(found, self.length, config.packing, reserved if self.segmented else 0)
+        self.room = room
+        self.kl_length = 0
+        if mismatched and examples.form == "labelled":
+            self.kl_length = whole_blocks(sequences.mismatched_width(examples, self.plan, room), config)
         self.batches_per_epoch = -(-len(self.plan) // batch_rows)
         self.total_batches = None if epochs is None else epochs * self.batches_per_epoch
         self._consumed = 0
@@ -79,7 +98,8 @@ class Loader:
         rows = self._rows(turn)
         first = index * self.batch_rows
         shape = (self.batch_rows, self.length)
-        return assemble(self.examples, rows, first, shape, self.segmented, self.reserved)
+        made = assemble(self.examples, rows, first, shape, self.segmented, self.reserved)
+        return made | self._sequences(rows, first) if self.judged else made
 
     def state(self) -> dict[str, Any]:
         """The cursor behind the last consumed batch, and what it belongs to; JSON."""
@@ -121,6 +141,19 @@ class Loader:
     def _rows_of_epoch(self, number: int) -> pack.Epoch:
         return pack.epoch(self.plan, self.config.seed, number, self.config.shuffle)
 
+    def _sequences(self, rows: pack.Epoch, first: int) -> Batch:
+        """What rows of whole sequences have besides their tokens."""
+        shape = (self.batch_rows, self.plan.sequences)
+        found = sequences.about(self.examples, rows, first, shape)
+        if self.kl_length:
+            other, within = sequences.mismatched(self.examples, rows, first, self.batch_rows, self.room)
+            arrays = assemble(other, within, 0, (self.batch_rows, self.kl_length), True, self.reserved)
+            arrays |= sequences.about(other, within, 0, shape)
+            if self.examples.tasks.any():
+                arrays.setdefault("task_ids", np.zeros_like(arrays["tokens"]))
+            found |= {f"kl_{name}": array for name, array in arrays.items()}
+        return found
+
     def _identity(self) -> dict[str, Any]:
         config = self.config
         return {
@@ -140,6 +173,11 @@ class Loader:
         return self.examples.digest()
 
 
+def whole_blocks(length: int, config: DataConfig) -> int:
+    """The length of rows that hold so many tokens."""
+    return -(-length // config.length_multiple) * config.length_multiple
+
+
 def assemble(
     examples: Examples, rows: pack.Epoch, first: int, shape: tuple[int, int], segmented: bool, reserved: int = 0
 ) -> Batch:
@@ -147,7 +185,7 @@ def assemble(
     after `reserved` positions of its own."""
     tokens = np.full(shape, examples.pad_id, np.int32)
     positions, segments, loss = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    tasks = np.zeros(shape, np.int32)
+    tasks, steps = np.zeros(shape, np.int32), np.zeros(shape, np.int8)
     before = reserved if segmented else 0
     for row in range(min(shape[0], len(rows.offsets) - 1 - first)):
         at = 0
@@ -160,8 +198,11 @@ def assemble(
                 loss[row, begin] = False
             positions[row, at:end] = np.arange(end - at) + (0 if segmented else at)
             segments[row, at:end] = number
-            tasks[row, at:end] = examples.task_at(start)
+            tasks[row, at:end] = examples.tasks[examples.example_at(start)]
+            if examples.steps is not None:
+                steps[row, begin:end] = examples.steps[start:stop]
             at = end
     batch = {"tokens": tokens, "positions": positions, "loss_mask": loss}
     batch |= {"segments": segments} if segmented else {}
+    batch |= {} if examples.steps is None else {"step_mask": steps > 0, "step_label": steps == 2}
     return batch | {"task_ids": tasks} if examples.tasks.any() else batch

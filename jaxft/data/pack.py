@@ -17,7 +17,8 @@ from jaxft.data.examples import Examples
 
 @dataclass(frozen=True)
 class Pieces:
-    """Stretches `[start, stop)` of the token array, each within one example, and what making them cost."""
+    """Stretches `[start, stop)` of the token array, each within one example, and what making them cost; `group` of
+    them in a row share a slot."""
 
     start: np.ndarray
     stop: np.ndarray
@@ -27,16 +28,22 @@ class Pieces:
     dropped_overlong: int = 0
     dropped_unlearnt: int = 0
     dropped_tokens: int = 0
+    group: int = 1
 
     def __len__(self) -> int:
-        return len(self.start)
+        return len(self.start) // self.group
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens in each slot."""
+        return together(np.add, self.stop - self.start, self.group)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Slots sorted by length, longest first: row `r` holds slots `slots[offsets[r] : offsets[r + 1]]`.
 
-    Each takes `reserved` positions more than its length."""
+    Each takes `reserved` positions more than its length for each of its stretches."""
 
     pieces: Pieces
     capacity: int
@@ -47,6 +54,11 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def sequences(self) -> int:
+        """The most stretches that a row holds."""
+        return int(np.diff(self.offsets).max(initial=1)) * self.pieces.group
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,10 @@ class Epoch:
 
 
 def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
-    """Cut examples to at most `max_length` tokens and leave out what has nothing to learn; everything is counted."""
+    """Cut examples to at most `max_length` tokens and leave out what has nothing to learn; everything is counted.
+
+    What belongs together is left out together."""
+    group = examples.group
     start, stop = examples.offsets[:-1], examples.offsets[1:]
     lengths = stop - start
     long = lengths > max_length
@@ -68,6 +83,7 @@ def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
         counts |= {"truncated": int(long.sum()), "cut_tokens": int((lengths - max_length)[long].sum())}
         stop = np.minimum(stop, start + max_length)
     elif overlong == "drop":
+        long = apart(together(np.logical_or, long, group), group)
         counts |= {"dropped_overlong": int(long.sum()), "dropped_tokens": int(lengths[long].sum())}
         start, stop = start[~long], stop[~long]
     else:
@@ -77,21 +93,32 @@ def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
         start = np.repeat(start, number) + (np.arange(number.sum()) - first) * max_length
         stop = np.minimum(start + max_length, np.repeat(stop, number))
     # The first token of a piece has no predecessor there, so it is never a target.
-    learnt = np.concatenate(([0], np.cumsum(examples.loss)))
+    learnt = np.concatenate(([0], np.cumsum(examples.loss if examples.steps is None else examples.steps > 0)))
     keep = learnt[stop] > learnt[np.minimum(start + 1, stop)]
+    keep = apart(together(np.logical_and, keep, group), group)
     counts["dropped_tokens"] += int((stop - start)[~keep].sum())
-    return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()))
+    return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()), group=group)
+
+
+def together(combine: np.ufunc, values: np.ndarray, group: int) -> np.ndarray:
+    """One value for every `group` in a row."""
+    return values if group == 1 else combine.reduce(values.reshape(-1, group), axis=1)
+
+
+def apart(values: np.ndarray, group: int) -> np.ndarray:
+    """Each value `group` times in a row."""
+    return values if group == 1 else np.repeat(values, group)
 
 
 def plan(found: Pieces, capacity: int, packing: str, reserved: int = 0) -> Plan:
     """Assign slots to rows of `capacity` tokens, packed ones with `reserved` positions before each."""
-    lengths = np.sort(found.stop - found.start)[::-1]
+    lengths = np.sort(found.lengths)[::-1]
     if packing == "none":
-        return Plan(found, capacity, packing, np.arange(len(lengths)), np.arange(len(lengths) + 1))
+        return Plan(found, capacity, packing, np.arange(len(lengths)), np.arange(len(lengths) + 1), reserved)
     if packing == "wrapped":
         rows = -(-int(lengths.sum()) // capacity)
         return Plan(found, capacity, packing, np.arange(0), np.zeros(rows + 1, np.int64))
-    row = best_fit((lengths + reserved).tolist(), capacity)
+    row = best_fit((lengths + reserved * found.group).tolist(), capacity)
     counts = np.bincount(row, minlength=int(row.max(initial=-1)) + 1)
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     return Plan(found, capacity, packing, np.argsort(row, kind="stable"), offsets, reserved)
@@ -129,7 +156,7 @@ def epoch(made: Plan, seed: int, number: int, shuffle: bool) -> Epoch:
         return wrap(found.start[order], found.stop[order], made.capacity, len(made))
     # Longest first, and equally long ones in shuffled order: slot i always has the i-th length.
     if made.packing == "best_fit":
-        order = order[np.argsort(-(found.stop - found.start)[order], kind="stable")]
+        order = order[np.argsort(-found.lengths[order], kind="stable")]
     held = order[made.slots]
     if shuffle:
         rows = shuffled(keys, len(made))
@@ -138,8 +165,8 @@ def epoch(made: Plan, seed: int, number: int, shuffle: bool) -> Epoch:
     counts = np.diff(made.offsets)[rows]
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     where = np.repeat(made.offsets[:-1][rows] - offsets[:-1], counts) + np.arange(len(held))
-    held = held[where]
-    return Epoch(found.start[held], found.stop[held], offsets)
+    held = apart(held[where], found.group) * found.group + np.tile(np.arange(found.group), len(held))
+    return Epoch(found.start[held], found.stop[held], offsets * found.group)
 
 
 def shuffled(keys: np.random.Philox, size: int) -> np.ndarray:

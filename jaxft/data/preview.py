@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LEARNT = ("bold black on green3", "bold black on spring_green2")
 GIVEN = ("grey62", "grey78")
+TOKENWISE = {"tokens", "positions", "loss_mask", "segments", "task_ids", "step_mask", "step_label"}
+"""The arrays of a batch that have a value for every token."""
 
 
 def preview(
@@ -28,16 +30,23 @@ def preview(
     rows: int = 2,
     batch_rows: int = 8,
     reserved: int = 0,
+    form: str = "tokens",
 ) -> None:
-    """Print the first rows of training, token by token, then the reports of the training and the held-out data."""
-    prepared = prepare(config, tokenizer)
+    """Print the first rows of training, token by token, then the reports of the training and the held-out data.
+
+    ``form``: what the objective wants of the rows (`Objective.rows`); judged sequences are shown one by one, prompt,
+    completion and what is known of it."""
+    prepared = prepare(config, tokenizer, form, reserved)
     loader = Loader(prepared.train, config, batch_rows=batch_rows, epochs=1, reserved=reserved)
-    console.print(legend(console))
+    console.print(legend(console, form))
     batch = loader.batch(0)
     for row in range(min(rows, batch_rows, len(loader.plan))):
         console.rule(f"row {row + 1}")
         shown = without_prompts({name: array[row] for name, array in batch.items()}, reserved)
-        console.print(tokens_in_colour(shown, tokenizer, console), soft_wrap=True)
+        if form == "tokens":
+            console.print(tokens_in_colour(shown, tokenizer, console), soft_wrap=True)
+        else:
+            judged(shown, form, tokenizer, console)
     parts = [("training data", loader)]
     if prepared.held_out is not None and len(prepared.held_out):
         held_out = Loader(prepared.held_out, config, batch_rows=batch_rows, epochs=1, reserved=reserved)
@@ -53,15 +62,48 @@ def without_prompts(row: Batch, reserved: int) -> Batch:
     if "segments" not in row:
         return row
     prompts = (row["segments"] > 0) & (row["positions"] < reserved)
-    return {name: array[~prompts] for name, array in row.items()}
+    return {name: row[name][~prompts] if name in TOKENWISE else array for name, array in row.items()}
 
 
-def legend(console: "Console") -> "Text":
+def judged(row: Batch, form: str, tokenizer: "PreTrainedTokenizerFast", console: "Console") -> None:
+    """Each sequence of a row: the prompt (once for a pair), the completion, and how it is judged."""
+    for number in range(1, int(row["segments"].max(initial=0)) + 1):
+        at = row["segments"] == number
+        one = {name: row[name][at] for name in TOKENWISE & row.keys()}
+        begin = int(np.argmax(one["loss_mask"]))
+        chosen = form == "pairs" and number % 2
+        if number > 1 and (form != "pairs" or chosen):
+            console.print("────", style="cyan")
+        if form != "pairs" or chosen:
+            piece(console, "prompt", {name: array[:begin] for name, array in one.items()}, tokenizer)
+        if form == "steps":
+            ends = [*(np.flatnonzero(one["step_mask"]) + 1)]
+            for low, high in zip([begin, *ends], ends, strict=False):
+                name = "right" if one["step_label"][high - 1] else "wrong"
+                piece(console, name, {name: array[low:high] for name, array in one.items()}, tokenizer)
+            continue
+        name = "chosen" if chosen else "rejected"
+        if form == "labelled":
+            name = "desirable" if row["label"][number - 1] else "undesirable"
+        piece(console, name, {name: array[begin:] for name, array in one.items()}, tokenizer)
+        if chosen and "margin" in row:
+            console.print(f"{'margin':<12}{row['margin'][number - 1]:g}")
+
+
+def piece(console: "Console", name: str, row: Batch, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """A stretch of tokens after its name."""
+    from rich.text import Text
+
+    text = tokens_in_colour(row, tokenizer, console) if len(row["tokens"]) else Text("(empty)")
+    console.print(Text(f"{name:<12}", style="bold") + text, soft_wrap=True)
+
+
+def legend(console: "Console", form: str) -> "Text":
     """How learnt and given tokens look."""
     from rich.text import Text
 
     if not console.color_system:
-        return Text("⟦learnt⟧ given; a line parts the documents of a row")
+        return Text("⟦learnt⟧ given" + ("; a line parts the documents of a row" if form == "tokens" else ""))
     return Text.assemble(("learnt", LEARNT[0]), " ", ("given", GIVEN[0]), "; shades alternate from token to token")
 
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxft.data import encode, formats, template
+from jaxft.data import encode, formats, template, texts
 from jaxft.data.config import DataConfig
+from jaxft.data.forms import Conversation, Pair, taught
 from jaxft.data.records import Row
 
 if TYPE_CHECKING:
@@ -35,23 +36,22 @@ def prompts(
 
     ``shots``: rows of the same format, shown with their answers before each prompt: turns of the same chat, or pairs
     with an empty line between them."""
-    forms = [(formats.convert(row, format), row) for row in rows]
-    shown = [formats.convert(row, format) for row in shots]
-    before = "".join(f"{s.prompt}{s.completion}\n\n" for s in shown if isinstance(s, formats.Pair))
-    turns = [
-        turn for s in shown if isinstance(s, formats.Conversation) for turn in s.messages if turn["role"] != "system"
-    ]
-    chats = any(isinstance(form, formats.Conversation) for form, _ in forms)
+    wanted = next(rows for rows, known in formats.FORMATS.items() if format in known)
+    forms = [(taught(formats.convert(row, format, wanted)), row) for row in rows]
+    shown = [taught(formats.convert(row, format, wanted)) for row in shots]
+    before = "".join(f"{s.prompt}{s.completion}\n\n" for s in shown if isinstance(s, Pair))
+    turns = [turn for s in shown if isinstance(s, Conversation) for turn in s.messages if turn["role"] != "system"]
+    chats = any(isinstance(form, Conversation) for form, _ in forms)
     render = template.renderer(tokenizer, config.template, config.template_options) if chats else None
-    prefix, _ = encode.ends(tokenizer)
+    prefix, _ = texts.ends(tokenizer)
     found = []
     for form, row in forms:
         task = encode.task_of(row, config.task_column)
-        if isinstance(form, formats.Pair):
+        if isinstance(form, Pair):
             text = before + form.prompt
             ids = tuple(prefix + tokenizer(text, add_special_tokens=False)["input_ids"])
             found.append(Prompt(text, ids, form.completion, row.where, task))
-        elif isinstance(form, formats.Conversation) and render is not None:
+        elif isinstance(form, Conversation) and render is not None:
             system = [turn for turn in form.messages[:-1] if turn["role"] == "system"]
             own = [turn for turn in form.messages[:-1] if turn["role"] != "system"]
             messages = (*system, *turns, *own) if turns else form.messages[:-1]

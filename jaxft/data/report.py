@@ -1,11 +1,11 @@
 """Numbers about a data set: how long examples are, how much is learnt, what was cut or left out, how full rows are."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxft.data import pack
+from jaxft.data import pack, sequences
 from jaxft.data.examples import Examples, Reading
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -33,6 +33,12 @@ class Report:
     """Tokens that training sees: those of the examples, less what was cut or left out."""
     reserved_positions: int
     """Positions taken by the prompts before the documents of packed rows."""
+    form: str = "tokens"
+    """What the rows are to the objective (`Objective.rows`)."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Of judged rows: `pairs`; `desirable` and `undesirable` completions; `steps`, and how many are `right`."""
+    parts: dict[str, dict[int, int]] = field(default_factory=dict)
+    """Of judged rows, the percentiles of the tokens in a prompt and in each kind of completion."""
 
     @property
     def efficiency(self) -> float:
@@ -45,17 +51,31 @@ class Report:
 
     def _facts(self) -> Iterator[str]:
         percentiles = "  ".join(f"p{name} {value:,}" for name, value in self.length_percentiles.items())
-        yield f"{self.examples:,} examples of {self.reading.rows:,} rows read"
+        yield f"{self._named()} of {self.reading.rows:,} rows read"
         yield f"{self.tokens:,} tokens, {self.learnt_tokens:,} learnt ({self.learnt_tokens / max(self.tokens, 1):.1%})"
         yield f"tokens an example: {percentiles}"
+        for part, lengths in self.parts.items():
+            percentiles = "  ".join(f"p{name} {value:,}" for name, value in lengths.items())
+            yield f"tokens of {part}: {percentiles}"
         prompts = f", {self.reserved_positions:,} of them for the prompt" if self.reserved_positions else ""
         yield f"{self.rows:,} rows of {self.row_length:,} tokens, {self.efficiency:.1%} full{prompts}"
 
+    def _named(self) -> str:
+        if self.form == "pairs":
+            return f"{self.counts['pairs']:,} pairs"
+        if self.form == "labelled":
+            both = f"{self.counts['desirable']:,} desirable, {self.counts['undesirable']:,} undesirable"
+            return f"{self.examples:,} completions ({both})"
+        if self.form == "steps":
+            return f"{self.examples:,} solutions ({self.counts['steps']:,} steps, {self.counts['right']:,} right)"
+        return f"{self.examples:,} examples"
+
     def _losses(self) -> Iterator[str]:
         read = self.reading
+        silent = "without a message to learn" if self.form == "tokens" else "with nothing to compare"
         counts = (
             (read.skipped, "bad rows skipped"),
-            (read.silent_rows, "rows without a message to learn left out"),
+            (read.silent_rows, f"rows {silent} left out"),
             (read.extra_examples, "extra examples, for turns that the chat template shows differently later"),
             (read.cut_boundaries, "learnt parts tokenised apart from their prompts, as at inference"),
             (read.shared_boundaries, "learnt parts whose first token may hold the end of the prompt too"),
@@ -65,7 +85,8 @@ class Report:
         )
         yield from (f"! {count:,} {words}" for count, words in counts if count)
         if self.truncated:
-            lost = f"losing {self.cut_tokens:,} tokens (data.overlong=split keeps them)"
+            remedy = "data.overlong=split keeps them" if self.form == "tokens" else "raise data.max_length"
+            lost = f"losing {self.cut_tokens:,} tokens ({remedy})"
             yield f"! {self.truncated:,} examples truncated, {lost}"
         if self.dropped_tokens:
             yield f"! {self.dropped_tokens:,} tokens left out with them"
@@ -76,13 +97,14 @@ def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
     """The report of examples packed by a plan into the rows of the first epoch."""
     found, lengths = plan.pieces, np.diff(examples.offsets)
     learnt = np.concatenate(([0], np.cumsum(examples.loss)))
-    first = found.start if plan.packing == "best_fit" else rows.start[rows.offsets[:-1]]
+    judged = examples.form != "tokens"
+    first = found.start if plan.packing == "best_fit" or judged else rows.start[rows.offsets[:-1]]
     return Report(
         reading=examples.reading,
         examples=len(examples),
         tokens=int(lengths.sum()),
         learnt_tokens=int((learnt[found.stop] - learnt[found.start]).sum() - examples.loss[first].sum()),
-        length_percentiles={p: int(np.percentile(lengths, p, method="lower")) for p in PERCENTILES},
+        length_percentiles=percentiles(lengths),
         truncated=found.truncated,
         cut_tokens=found.cut_tokens,
         split=found.split,
@@ -92,5 +114,39 @@ def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
         rows=len(plan),
         row_length=plan.capacity,
         packed_tokens=int((found.stop - found.start).sum()),
-        reserved_positions=plan.reserved * len(plan.slots),
+        reserved_positions=plan.reserved * len(found.start) if plan.packing == "best_fit" or judged else 0,
+        form=examples.form,
+        counts=counted(examples),
+        parts=parts(examples) if judged and len(examples) else {},
     )
+
+
+def percentiles(lengths: np.ndarray) -> dict[int, int]:
+    """The lengths at `PERCENTILES`."""
+    return {p: int(np.percentile(lengths, p, method="lower")) for p in PERCENTILES}
+
+
+def counted(examples: Examples) -> dict[str, int]:
+    """See `Report.counts`."""
+    if examples.form == "pairs":
+        return {"pairs": len(examples) // 2}
+    if examples.steps is not None:
+        return {"steps": int((examples.steps > 0).sum()), "right": int((examples.steps == 2).sum())}
+    if examples.form == "labelled":
+        good = int(examples.columns["label"].sum())
+        return {"desirable": good, "undesirable": len(examples) - good}
+    return {}
+
+
+def parts(examples: Examples) -> dict[str, dict[int, int]]:
+    """See `Report.parts`."""
+    begin = sequences.completions(examples, examples.offsets[:-1])
+    prompt, reply = begin - examples.offsets[:-1], examples.offsets[1:] - begin
+    if examples.form == "pairs":
+        kinds = {"chosen": slice(0, None, 2), "rejected": slice(1, None, 2)}
+    elif examples.form == "labelled":
+        kinds = {"desirable": examples.columns["label"], "undesirable": ~examples.columns["label"]}
+    else:
+        kinds = {"a solution": slice(None)}
+    named = {"a prompt": prompt} | {name: reply[which] for name, which in kinds.items()}
+    return {name: percentiles(lengths) for name, lengths in named.items() if len(lengths)}

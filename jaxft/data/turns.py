@@ -1,6 +1,7 @@
 """The rules for chat messages: which roles there are, in what order, and what a message may hold."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from jaxft.data.errors import DataError, short
@@ -83,7 +84,7 @@ def call_of(where: str, place: str, call: Any) -> dict[str, Any]:
     return {"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}}
 
 
-def check_order(where: str, field: str, messages: list[dict[str, Any]]) -> None:
+def check_order(where: str, field: str, messages: list[dict[str, Any]], places: Sequence[str]) -> None:
     """Roles follow each other as `FOLLOWS` says, and the assistant has the last word."""
     before = ""
     for i, message in enumerate(messages):
@@ -91,10 +92,10 @@ def check_order(where: str, field: str, messages: list[dict[str, Any]]) -> None:
         if role not in FOLLOWS[before]:
             after = f"after {before!r}" if before else "as the first message"
             expected = " or ".join(repr(name) for name in FOLLOWS[before])
-            raise DataError(where, f"{field}[{i}].role", f"{role!r} {after}", f"{expected} (roles in order)", REMEDY)
+            raise DataError(where, f"{places[i]}.role", f"{role!r} {after}", f"{expected} (roles in order)", REMEDY)
         if role == "tool" and before == "assistant" and not messages[i - 1].get("tool_calls"):
             got = "'tool' after an assistant message without tool_calls"
-            raise DataError(where, f"{field}[{i}].role", got, "a call for the tool to answer", REMEDY)
+            raise DataError(where, f"{places[i]}.role", got, "a call for the tool to answer", REMEDY)
         before = role
     if before != "assistant":
         expected = "the assistant's (nothing else is learnt)"

@@ -7,7 +7,7 @@ import pytest
 import trl
 
 from jaxft import data
-from jaxft.data import encode, formats, template
+from jaxft.data import encode, formats, template, texts
 from jaxft.data.errors import DataError
 from jaxft.data.records import Row
 
@@ -41,7 +41,7 @@ def encoded(tokenizer, fields, **options):
     row = Row(fields, "file.jsonl:1")
     format = formats.detect([row], "")
     form = formats.convert(row, format)
-    encoder = encode.encoder(tokenizer, config, format, isinstance(form, formats.Conversation))
+    encoder = texts.encoder(tokenizer, config, format, isinstance(form, formats.Conversation))
     chunk = encode.encode(encoder, [row], 0)
     if chunk.errors:
         raise chunk.errors[0]
