@@ -4,6 +4,7 @@ This is where the rooms meet; each function here is one seam and decides nothing
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,12 +215,14 @@ def virtual(config: RunConfig) -> dict[str, int]:
 def loaders(config: RunConfig, prepared: Prepared) -> tuple[Loader, Any]:
     """Endless training batches, and a function that starts the held-out ones anew (None: there are none)."""
     rows, reserved = config.train.batch * config.train.accumulate, virtual(config).get("prompt", 0)
-    train = Loader(prepared.train, config.data, batch_rows=rows, reserved=reserved)
+    mismatched = "kl" in OBJECTIVES[config.objective.name].asked(config.objective.value).asides
+    made = functools.partial(Loader, batch_rows=rows, reserved=reserved, mismatched=mismatched)
+    train = made(prepared.train, config.data)
     if prepared.held_out is None:
         return train, None
     fixed = dataclasses.replace(config.data, shuffle=False)
     held = prepared.held_out
-    return train, lambda: Loader(held, fixed, batch_rows=rows, epochs=1, reserved=reserved)
+    return train, lambda: made(held, fixed, epochs=1)
 
 
 def check_tasks(params: tree.Params, *examples: Examples | None) -> None:

@@ -9,11 +9,12 @@ from jaxft.checkpoint import hub, tokenizer
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.cli import arguments as arguments_
 from jaxft.cli import assemble
+from jaxft.objectives import OBJECTIVES
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the config and how much to show."""
-    arguments_.add_config(parser, ("model", "data"))
+    arguments_.add_config(parser, ("model", "data", "objective"))
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show token by token; default: 2")
 
 
@@ -26,5 +27,6 @@ def command(args: argparse.Namespace) -> int:
         raise CheckpointError(directory, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")
     vocabulary.add(found, wanted.model.new_tokens)
     reserved = assemble.virtual(wanted).get("prompt", 0)
-    data.preview(wanted.data, found, Console(), rows=args.rows, reserved=reserved)
+    form = OBJECTIVES[wanted.objective.name].rows
+    data.preview(wanted.data, found, Console(), rows=args.rows, reserved=reserved, form=form)
     return 0

@@ -67,21 +67,23 @@ def command(args: argparse.Namespace) -> int:
     mesh = assemble.devices(config)
     model, params = target.load(found, mesh)
     how = assemble.execution(dataclasses.replace(config, train=dataclasses.replace(config.train, unroll="never")), mesh)
-    examples, form, source = held_out(config.data, model)
+    examples, form, source = held_out(
+        config.data, model, OBJECTIVES[config.objective.name].rows, slots.prompt_length(params)
+    )
     values = losses(config, model, params, examples, how)
     said = _replies(found, model, params, examples, form, how, args.limit, args.shots)
     if said:
         values["exact_match"] = sum(reply.exact for reply in said) / len(said)
     if args.replies is not None:
         answers.write(args.replies, 0, said, model.tokenizer)
-    rows = precision.products(found, examples, how) if args.products else []
+    products = precision.products(found, examples, how) if args.products else []
     if args.json:
-        told = {"products": {row.module: row.error for row in rows}} if rows else {}
+        told = {"products": {row.module: row.error for row in products}} if products else {}
         print(json.dumps({"data": source, "examples": len(examples), "replies": len(said), **values, **told}))
     else:
         _show(source, examples, values, said, args.samples)
-    if rows and not args.json:
-        precision.show_products(rows)
+    if products and not args.json:
+        precision.show_products(products)
     return 0
 
 
@@ -93,14 +95,16 @@ def _other_data(overrides: list[str]) -> list[str]:
     return [*overrides, "data.eval_path=null", "data.eval_split=null", "data.eval_fraction=0", "data.eval_examples=0"]
 
 
-def held_out(config: DataConfig, model: Model) -> tuple[Examples, str, str]:
-    """The held-out examples (all of `data.path` where nothing is held out), their format, and what to call them."""
+def held_out(config: DataConfig, model: Model, rows: str = "tokens", reserved: int = 0) -> tuple[Examples, str, str]:
+    """The held-out examples (all of `data.path` where nothing is held out), their format, and what to call them.
+
+    ``rows``, ``reserved``: see `data.prepare`."""
     if config.eval_path is not None or config.eval_split is not None:
         path, split = config.eval_path or config.path, config.eval_split or config.split
         alone = dataclasses.replace(config, path=path, split=split, eval_path=None, eval_split=None, limit=None)
-        prepared = data.prepare(alone, model.tokenizer)
+        prepared = data.prepare(alone, model.tokenizer, rows, reserved)
         return prepared.train, prepared.format, f"{path}" + (f" ({split})" if config.eval_split else "")
-    prepared = data.prepare(config, model.tokenizer)
+    prepared = data.prepare(config, model.tokenizer, rows, reserved)
     if prepared.held_out is not None and len(prepared.held_out):
         return prepared.held_out, prepared.format, f"the part held out of {config.path}"
     return prepared.train, prepared.format, str(config.path)
@@ -116,7 +120,11 @@ def losses(
     settings = dataclasses.replace(config.data, shuffle=False)
     assemble.check_tasks(params, examples)
     reserved = slots.prompt_length(params)
-    batches = lambda: Loader(examples, settings, batch_rows=config.train.batch, epochs=1, reserved=reserved)  # noqa: E731
+    mismatched = "kl" in objective.asked(config.objective.value).asides
+    rows = config.train.batch
+    batches = lambda: Loader(  # noqa: E731
+        examples, settings, batch_rows=rows, epochs=1, reserved=reserved, mismatched=mismatched
+    )
     nothing = jax.tree.map(lambda leaf: None, params)
     measured = evaluate.held_out(eval_step, nothing, batches, mesh_.placer(how.mesh), config.eval)
     return dict(measured(0, TrainState(jnp.int32(0), params, None, None, {}, None, jax.random.key(0))))
@@ -147,7 +155,8 @@ def _shots(config: DataConfig, count: int) -> list[Row]:
         return []
     if config.eval_path is None and config.eval_split is None:
         raise ConfigError("--shots takes rows of data.path, which is evaluated itself; name other rows: data.eval_path")
-    found = records.read(config.path, config.split, config.subset, count, config.columns).rows(0, count)
+    source = records.read(config.path, config.split, config.subset, count, config.columns)
+    found = data.opened(source, config.path, config)[0].rows(0, count)
     return [row for row in found if isinstance(row, Row)]
 
 

@@ -21,6 +21,7 @@ from jaxft.core import tree
 from jaxft.core.weight import Weight
 from jaxft.data import Loader, Prepared
 from jaxft.model import Model
+from jaxft.objectives import OBJECTIVES
 from jaxft.objectives.terms import Means
 from jaxft.peft import store
 from jaxft.quant import FourBit
@@ -71,7 +72,8 @@ def record(config: RunConfig, frozen: tree.Params) -> Record:
 
 def material(config: RunConfig, base: Model) -> Material:
     """Reads and tokenises the data."""
-    prepared = data.prepare(config.data, base.tokenizer)
+    rows, reserved = OBJECTIVES[config.objective.name].rows, assemble.virtual(config).get("prompt", 0)
+    prepared = data.prepare(config.data, base.tokenizer, rows, reserved)
     train, held_out = assemble.loaders(config, prepared)
     return Material(prepared, train, held_out, loop.total_steps(config.train, train.batches_per_epoch))
 

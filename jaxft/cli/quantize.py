@@ -20,6 +20,7 @@ from jaxft.core import tree
 from jaxft.core.weight import is_packed
 from jaxft.data import Loader
 from jaxft.model import Model
+from jaxft.objectives import OBJECTIVES
 from jaxft.quant import QuantConfig, config, four_bit
 
 WRITTEN = (*four_bit.KINDS, *config.GROUPED, "gptq")
@@ -80,7 +81,7 @@ def _batches(found: Target, model: Model, samples: int) -> Iterator[dict[str, An
     """``samples`` rows of training data, as training would read them; fewer where there are no more."""
     settings = found.config.data
     data.install(model.tokenizer, settings.template)
-    prepared = data.prepare(settings, model.tokenizer)
+    prepared = data.prepare(settings, model.tokenizer, OBJECTIVES[found.config.objective.name].rows)
     rows = min(found.config.train.batch, samples)
     loader = Loader(prepared.train, settings, batch_rows=rows)
     for i in range(min(-(-samples // rows), loader.batches_per_epoch)):

@@ -192,7 +192,7 @@ def load(
 
 
 def opened(
-    source: records.Records, path: str | Sequence[str], config: DataConfig, rows: str
+    source: records.Records, path: str | Sequence[str], config: DataConfig, rows: str = "tokens"
 ) -> tuple[records.Records, str]:
     """The rows to convert, which are those of the source unless these make up trees, and their format."""
     start = source.rows(0, CHUNK)
