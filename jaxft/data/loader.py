@@ -16,6 +16,7 @@ from jaxft.data import report as report_
 from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
 from jaxft.data.examples import Examples
+from jaxft.data.topk import Stored
 
 Batch = dict[str, np.ndarray]
 FOREVER = 2**60
@@ -33,7 +34,10 @@ class Loader:
     prompts with the completions of others.
 
     With `reserved` positions for a prompt, `max_length` counts them too: packed, every document begins with so many
-    positions whose tokens mean nothing; otherwise rows are shorter by as much, and the model adds the prompt itself."""
+    positions whose tokens mean nothing; otherwise rows are shorter by as much, and the model adds the prompt itself.
+
+    With what a `teacher` said of the examples, batches also have `teacher_ids` and `teacher_logp` `[batch_rows, T, K]`.
+    """
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class Loader:
         epochs: int | None = None,
         reserved: int = 0,
         mismatched: bool = True,
+        teacher: Stored | None = None,
     ):
         """`epochs` None goes on for ever."""
         self.examples, self.config, self.batch_rows, self.epochs = examples, config, batch_rows, epochs
@@ -54,6 +59,9 @@ class Loader:
         if config.packing == "wrapped" and examples.tasks.any():
             got, remedy = "wrapped, with rows of several tasks", "Set data.packing=best_fit or none."
             raise DataError("", "data.packing", got, "documents that do not share a prompt", remedy)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.check(examples, room, config.packing)
         self.judged = examples.form != "tokens"
         self.segmented = config.packing == "best_fit" or self.judged
         whole = whole_blocks(config.max_length * examples.group, config)
@@ -99,6 +107,8 @@ class Loader:
         first = index * self.batch_rows
         shape = (self.batch_rows, self.length)
         made = assemble(self.examples, rows, first, shape, self.segmented, self.reserved)
+        if self.teacher is not None:
+            made |= self.teacher.beside(rows, first, shape, self.reserved if self.segmented else 0)
         return made | self._sequences(rows, first) if self.judged else made
 
     def state(self) -> dict[str, Any]:

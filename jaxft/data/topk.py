@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.data import pack
 from jaxft.data.errors import DataError
 from jaxft.data.examples import Examples
 
@@ -120,6 +121,32 @@ class Stored:
         whole = np.concatenate(parts)
         return whole["id"], whole["logp"]
 
+    def beside(self, rows: pack.Epoch, first: int, shape: tuple[int, int], before: int) -> dict[str, np.ndarray]:
+        """Of a batch's tokens, rows from `first` on, each document after `before` positions of no meaning:
+        `teacher_ids` int32 and `teacher_logp` float16, `[rows, T, K]`; zeros elsewhere."""
+        ids, logp = (np.zeros((*shape, self.about.count), kind) for kind in (np.int32, np.float16))
+        for row in range(min(shape[0], len(rows.offsets) - 1 - first)):
+            at = 0
+            for i in range(rows.offsets[first + row], rows.offsets[first + row + 1]):
+                start, stop = int(rows.start[i]), int(rows.stop[i])
+                at, end = at + before, at + before + stop - start
+                ids[row, at:end], logp[row, at:end] = self.rows(start, stop)
+                at = end
+        return {"teacher_ids": ids, "teacher_logp": logp}
+
+    def check(self, examples: Examples, window: int, packing: str) -> None:
+        """Raises DataError unless it is of these examples, in the documents that rows are made of: `window` tokens at
+        most."""
+        own = self.about
+        refuse_other(
+            str(self.folder),
+            own,
+            about(examples, own.teacher, own.count, own.temperature, own.vocabulary, window),
+        )
+        if packing == "wrapped":
+            got, expected = "wrapped, with a stored teacher", "documents that begin where the teacher's did"
+            raise DataError("", "data.packing", got, expected, "Set data.packing=best_fit or none.")
+
 
 def read(folder: str | Path, of: About) -> Stored:
     """Opens what was stored; an ``of.teacher`` of "" accepts any.
@@ -149,11 +176,17 @@ def _refuse_other(folder: Path, of: About) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         remedy = "It is damaged, or of another version: store them again."
         raise DataError(str(file), "", f"what cannot be read ({error})", f"format {FORMAT}", remedy) from None
-    for name, expected in dataclasses.asdict(of).items():
-        if said[name] != expected and not (name == "teacher" and expected == ""):
-            remedy = f"It was made of {WORDS[name]}: store them again in another folder."
-            raise DataError(str(folder), name, repr(said[name]), repr(expected), remedy)
+    refuse_other(str(folder), About(**{f.name: said[f.name] for f in dataclasses.fields(About)}), of)
     return said
+
+
+def refuse_other(where: str, own: About, of: About) -> None:
+    """Raises DataError naming the first thing in which what is stored is not what is wanted."""
+    for name, expected in dataclasses.asdict(of).items():
+        got = dataclasses.asdict(own)[name]
+        if got != expected and not (name == "teacher" and expected == ""):
+            remedy = f"It was made of {WORDS[name]}: store them again in another folder."
+            raise DataError(where, name, repr(got), repr(expected), remedy)
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from jaxft.data import topk as disk
+from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
 from jaxft.data.examples import Examples, Reading
+from jaxft.data.loader import Loader
 from jaxft.models import decoder, families, heads, init
 from jaxft.rollout import topk
 
@@ -158,3 +160,31 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "e" / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="something else"):
         topk.store(tmp_path / "e", held, about(held), teacher()[2])
+
+
+@pytest.mark.parametrize(("overlong", "reserved"), [("split", 0), ("truncate", 3)])
+def test_batches_have_it_beside_their_tokens(tmp_path, small, overlong, reserved):
+    """Wherever packing puts a document: what the teacher says of the whole batch, at every target."""
+    held, folder = examples(), tmp_path / "f"
+    topk.store(folder, held, about(held), teacher()[2])
+    config = DataConfig("x", max_length=WINDOW + reserved, packing="best_fit", overlong=overlong, length_multiple=1)
+    made = Loader(held, config, batch_rows=3, epochs=1, reserved=reserved, teacher=disk.read(folder, about(held)))
+    targets = 0
+    for number in range(made.total_batches):
+        batch = made.batch(number)
+        documents = {
+            "tokens": batch["tokens"],
+            "segments": np.where(batch["positions"] < reserved, 0, batch["segments"]),
+        }
+        live = {name: np.asarray(a) for name, a in teacher()[2](documents).items()}
+        here = batch["loss_mask"] & (batch["positions"] > reserved)
+        np.testing.assert_array_equal(batch["teacher_ids"][here], live["ids"][here])
+        np.testing.assert_allclose(batch["teacher_logp"][here], live["logp"][here], rtol=2**-10, atol=1e-4)
+        targets += here.sum()
+    assert targets > 30 and batch["teacher_logp"].dtype == np.float16
+    with pytest.raises(DataError, match="`window`: got 12; expected 16"):
+        longer = dataclasses.replace(config, max_length=16 + reserved)
+        Loader(held, longer, batch_rows=3, reserved=reserved, teacher=disk.read(folder, about(held)))
+    with pytest.raises(DataError, match=r"data.packing.*wrapped"):
+        wrapped = dataclasses.replace(config, packing="wrapped")
+        Loader(held, wrapped, batch_rows=3, reserved=reserved, teacher=disk.read(folder, about(held)))
