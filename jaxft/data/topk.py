@@ -74,12 +74,11 @@ def starts(examples: Examples) -> list[int]:
     return found if found[-1] == size and len(found) > 1 else [*found, size]
 
 
-def missing(folder: Path, of: About, edges: list[int]) -> list[int]:
-    """The numbers of the files that are yet to be made; begins the folder if there is none.
-
-    Raises DataError for a folder of anything else."""
+def begin(folder: Path, of: About, edges: list[int]) -> tuple[list[int], list[int]]:
+    """Begins the folder, cut at ``edges``, if there is none: where its files are cut, and the numbers of those that are
+    yet to be made. Raises DataError for a folder of anything else."""
     if (folder / ABOUT).exists():
-        _refuse_other(folder, of)
+        edges = _refuse_other(folder, of)["starts"]
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = "Choose another folder, or empty it."
         raise DataError(str(folder), "", f"something else (no {ABOUT} in it)", "a new folder", remedy)
@@ -87,7 +86,7 @@ def missing(folder: Path, of: About, edges: list[int]) -> list[int]:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(of), "starts": edges}, indent=1)
         _replace(folder / ABOUT, text.encode())
-    return [number for number in range(len(edges) - 1) if not _file(folder, number).exists()]
+    return edges, [number for number in range(len(edges) - 1) if not _file(folder, number).exists()]
 
 
 def write(folder: Path, number: int, ids: np.ndarray, logp: np.ndarray) -> None:

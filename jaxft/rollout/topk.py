@@ -69,8 +69,8 @@ def store(
       told: called with the number of files done and that of all.
 
     Raises DataError for a folder that holds anything else."""
-    folder, edges = Path(folder), topk.starts(examples)
-    left = topk.missing(folder, of, edges)
+    folder = Path(folder)
+    edges, left = topk.begin(folder, of, topk.starts(examples))
     for done, number in enumerate(left, len(edges) - 1 - len(left)):
         told(done, len(edges) - 1)
         begin, end = edges[number : number + 2]
