@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft.data import groups, texts
+from jaxft.data import groups, texts, trees
 from jaxft.data.errors import DataError
 from jaxft.data.groups import Group
 from jaxft.data.records import Row
@@ -98,6 +98,7 @@ def task_of(row: Row, column: str | None) -> int:
 
 
 def key_of(row: Row) -> int:
-    """64 bits of the row's content: what decides whether it is held out."""
-    content = json.dumps(row.fields, sort_keys=True, default=str, ensure_ascii=False)
+    """64 bits of the row's content, or of the tree that it is of: what decides whether it is held out."""
+    fields = {trees.TREE: row.fields[trees.TREE]} if row.fields.get(trees.TREE) else row.fields
+    content = json.dumps(fields, sort_keys=True, default=str, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

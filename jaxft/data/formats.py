@@ -108,6 +108,11 @@ def first(fields: tuple[str, ...], convert: Callable[[Row], Form | None]) -> For
     return Format(fields, convert, lambda row: fields[0] in row)
 
 
+def continues(row: Fields) -> bool:
+    """Whether a row is of prompt and completion, and not of a preference with its prompt."""
+    return "prompt" in row and ("completion" in row or not {"chosen", "rejected"} <= row.keys())
+
+
 def rates(row: Fields) -> bool:
     """Whether a row is of UltraFeedback."""
     return {"instruction", "completions"} <= row.keys() and "output" not in row
@@ -133,7 +138,7 @@ FORMATS: dict[str, dict[str, Format]] = {
     "tokens": {
         "messages": first(("messages",), from_messages),
         "conversations": first(("conversations",), instructions.from_sharegpt),
-        "prompt_completion": first(("prompt", "completion"), from_pair),
+        "prompt_completion": Format(("prompt", "completion"), from_pair, continues),
         "ultrafeedback": Format(RATED, from_best, rates),
         "dolly": Format(("instruction", "response"), instructions.from_dolly, is_dolly),
         "alpaca": first(("instruction", "output"), instructions.from_alpaca),

@@ -16,6 +16,8 @@ from jaxft.data.records import SKIP, Memory, Records, Row
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 UNRANKED = 2**31
+TREE = "message_tree_id"
+"""The column that all rows of a tree share: they are held out together."""
 
 
 @dataclass(eq=False)
@@ -153,8 +155,7 @@ def told(root: Node, paths: str) -> Iterator[Row]:
         replies = node.ranked()[: 1 if paths == "best" else None]
         left += [(reply, [*path, reply]) for reply in reversed(replies)]
         if node.row.fields["role"] == "assistant" and not any(reply.replies for reply in replies):
-            about = {name: value for name, value in node.row.fields.items() if name not in ("text", "role", "replies")}
-            yield Row({**about, "messages": [each.message for each in path]}, node.row.where)
+            yield Row({**about(node, root), "messages": [each.message for each in path]}, node.row.where)
 
 
 def compared(root: Node, paths: str) -> Iterator[Row]:
@@ -170,4 +171,10 @@ def compared(root: Node, paths: str) -> Iterator[Row]:
         for better, worse in pairs:
             if better.rank < worse.rank:
                 fields = {"prompt": messages, "chosen": [better.message], "rejected": [worse.message]}
-                yield Row(fields, better.row.where)
+                yield Row(about(better, root) | fields, better.row.where)
+
+
+def about(node: Node, root: Node) -> dict[str, Any]:
+    """The other columns of a reply, and its tree."""
+    kept = {name: value for name, value in node.row.fields.items() if name not in ("text", "role", "replies")}
+    return kept | {TREE: root.row.fields["message_id"]}

@@ -73,6 +73,20 @@ def test_data_shows_learnt_tokens_and_statistics(capsys):
     assert "<|im_end|>⟧" in out and "480 examples of 480 rows read" in out and "p50" in out
 
 
+def test_data_shows_what_the_objective_judges(capsys, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "what", "chosen": " a cat", "rejected": " a dog"}\n')
+    words = [f"model.path={TINY}", f"data.path={rows}", "data.max_length=32"]
+    code, out, err = jaxft(capsys, "data", *words, "objective.name=dpo")
+    assert code == 0 and "chosen      ⟦ a cat" in out and "1 pairs of 1 rows read" in out, err
+    code, out, err = jaxft(capsys, "data", *words, "objective.name=kto")
+    assert code == 0 and "undesirable ⟦ a dog" in out and "1 desirable, 1 undesirable" in out, err
+    code, _, err = jaxft(capsys, "data", *words, "objective.name=dpo", "data.packing=wrapped")
+    assert code == 1 and "`data.packing`: got wrapped, for an objective on pairs" in err
+    code, _, err = jaxft(capsys, "data", *words)
+    assert code == 1 and "for preference objectives" in err
+
+
 def test_data_names_a_bad_row(capsys, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
     code, _, err = jaxft(capsys, "data", f"model.path={TINY}", f"data.path={tmp_path / 'rows.jsonl'}")

@@ -126,3 +126,17 @@ def test_trees_are_recognised(flat, make_tokenizer):
     pairs = data.prepare(config, tokenizer, rows="pairs")
     assert len(pairs.train) == 4 and pairs.format == "preference"
     assert json.dumps(pairs.train.source_rows()[0].fields["chosen"][0]["content"]) == '"say e"'
+
+
+def test_trees_are_held_out_whole(write, make_tokenizer):
+    rows = []
+    for i in range(8):
+        ids = {name: f"{name}{i}" for name, _, _ in TREE}
+        rows += [message(*each) | {"message_id": ids[each[0]], "parent_id": ids.get(each[1])} for each in TREE]
+    for wanted, trees_held in (("tokens", 1), ("pairs", 2)):  # of three rows, and of two
+        config = data.DataConfig(path=write(rows), template="chatml", paths="all", eval_examples=3)
+        made = data.prepare(config, make_tokenizer(), rows=wanted)
+        held, kept = (
+            {row.fields["message_tree_id"] for row in part.source_rows()} for part in (made.held_out, made.train)
+        )
+        assert not held & kept and len(held | kept) == 8 and len(held) == trees_held
