@@ -106,9 +106,7 @@ def _on_a_tpu(x: jax.Array, w: Any, index: Any) -> jax.Array:
 
 
 def _on_a_gpu(x: jax.Array, w: Any, index: Any) -> jax.Array:
-    several = x.shape[0] > 2
-    made = triton.product(x, w, index, _columns(w), _splits(w), dot=several, ahead=several)
-    return made.astype(x.dtype)
+    return triton.product(x, w, index, **_tiling(x.shape[0], w)).astype(x.dtype)
 
 
 def _forward(x: jax.Array, w: Any) -> tuple[jax.Array, Any]:
@@ -122,10 +120,18 @@ def _backward(w: Any, g: jax.Array) -> tuple[jax.Array, None]:
 product.defvjp(_forward, _backward)
 
 
-def _splits(w: Any) -> int:
-    """Parts of the inner dimension summed apart, so that there are programs for all multiprocessors."""
-    tiles, steps = w.codes.shape[-1] // _columns(w), w.codes.shape[-2] // triton.ROWS
-    return max((s for s in (1, 2, 4, 8, 16, 32) if steps % s == 0 and tiles * s <= 1024), default=1)
+def _tiling(rows: int, w: Any) -> dict[str, Any]:
+    """How the product is divided: what was fastest for so many rows.
+
+    ``splits``: parts of the inner dimension summed apart, so that there are programs for all multiprocessors."""
+    columns, warps, programs = _columns(w), 4, 1024
+    if 2 < rows <= 32:
+        warps, programs = 2, 512
+    elif rows > 32:
+        columns = min(columns, 64)
+    tiles, steps = w.codes.shape[-1] // columns, w.codes.shape[-2] // triton.ROWS
+    splits = max((s for s in (1, 2, 4, 8, 16, 32) if steps % s == 0 and tiles * s <= programs), default=1)
+    return {"columns": columns, "splits": splits, "warps": warps, "dot": rows > 2, "ahead": rows > 32}
 
 
 def eight_bits(w: Any, over: jax.Array, dtype: Any, transposed: bool) -> jax.Array:

@@ -184,5 +184,7 @@ def test_what_is_chosen_agrees_with_xla(compute, rows, monkeypatch):
     assert kernels.fits(w)
     ours = everything()
     monkeypatch.setattr(kernels, "available", lambda capability=8.0: False)
+    # XLA multiplies a single row without rounding it to fp8 first, as it may keep excess precision
+    limit = 0.03 if (compute, rows) == ("fp8", 1) else 0.006
     for got, want in zip(ours, everything(), strict=True):
-        assert got.shape == want.shape and off(got, want) < 0.006
+        assert got.shape == want.shape and off(got, want) < limit
