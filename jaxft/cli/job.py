@@ -25,6 +25,7 @@ from jaxft.objectives import OBJECTIVES
 from jaxft.objectives.terms import Means
 from jaxft.peft import store
 from jaxft.quant import FourBit
+from jaxft.rollout import distil
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import evaluate, loop
 from jaxft.training.evaluate import Evaluator
@@ -103,7 +104,10 @@ def refuse_metric(config: RunConfig, sums: Means) -> None:
 def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str], dtype: str, folder: Path) -> Path:
     """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced.
 
-    An adapter that has its own four-bit base has that written beside it, as bitsandbytes stores it."""
+    An adapter that has its own four-bit base has that written beside it, as bitsandbytes stores it. Projections that a
+    distillation learnt besides are left out."""
+    changed = {path for path in changed if not path.startswith(f"{distil.PROJECTIONS}/")}
+    params = distil.without(params)
     if tree.adapters(params):
         out, source = folder / run_dir.ADAPTER, base.source if config.model.init == "pretrained" else None
         if anew := _packed_anew(params, changed):
