@@ -51,7 +51,7 @@ class Made(NamedTuple):
 def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
     """Tokenise rows, the first of which has the number `first`."""
     found: list[Made] = []
-    errors: list[tuple[int, DataError]] = []
+    errors: dict[int, DataError] = {}
     silent = 0
     for number, row in enumerate(rows, first):
         try:
@@ -59,7 +59,7 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
                 raise row
             made, task = groups.groups_of(encoder, row), task_of(row, encoder.task_column)
         except DataError as error:
-            errors.append((number, error))
+            errors[number] = error
             continue
         silent += not made
         found += [Made(group, row.where, number, key_of(row), task) for group in made]
@@ -70,7 +70,8 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
         try:
             kept += [(made, each) for each in groups.checked(encoder, several, made.where)]
         except DataError as error:
-            errors.append((made.number, error))
+            errors.setdefault(made.number, error)
+    kept = [(made, each) for made, each in kept if made.number not in errors]
     examples = [each for _, each in kept]
     return Chunk(
         np.concatenate([each.ids for each in examples] or [np.zeros(0, np.int32)]),
@@ -81,7 +82,7 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
         np.array([made.task for made, _ in kept], np.int32),
         groups.columns(encoder, [made.group for made, _ in kept]),
         np.concatenate([each.steps for each in examples] or [np.zeros(0, np.int8)]),
-        tuple(error for _, error in sorted(errors, key=lambda each: each[0])),
+        tuple(errors[number] for number in sorted(errors)),
         silent,
         sum(each.cut for each in examples),
         sum(each.shared for each in examples),

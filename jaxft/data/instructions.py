@@ -70,8 +70,8 @@ def is_transcript(text: Any) -> bool:
 def rated(row: Row) -> list[tuple[float, int, str]]:
     """(score, index, response) of UltraFeedback's completions, best first; ties in the order of the row.
 
-    The score is `overall_score`; where there is none, the mean of the ratings of all aspects. A completion without
-    either is left out."""
+    The score is `overall_score`; where there is none, `fine-grained_score`, or the mean of the ratings of all aspects
+    that it is made of. A completion without any is left out."""
     found = []
     for i, item in enumerate(listed(row, "completions")):
         place = f"completions[{i}]"
@@ -85,8 +85,9 @@ def rated(row: Row) -> list[tuple[float, int, str]]:
 
 def score_of(completion: dict[str, Any]) -> float:
     """The score of one completion; NaN where it has none (`N/A`)."""
-    if completion.get("overall_score") is not None:
-        return number(completion["overall_score"])
+    for name in ("overall_score", "fine-grained_score"):
+        if not math.isnan(number(completion.get(name))):
+            return number(completion[name])
     aspects = completion.get("annotations")
     aspects = aspects.values() if isinstance(aspects, dict) else ()
     ratings = [number(aspect.get("Rating")) for aspect in aspects if isinstance(aspect, dict)]

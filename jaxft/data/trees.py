@@ -2,8 +2,9 @@
 
 A row is a message (`message_id`, `parent_id`, `text`, `role`, `rank`, ...), or a whole tree with its replies nested in
 it, as oasst1 and oasst2 are published. Rows refer to each other, so all are read first. What comes out are rows of the
-formats `messages` and `preference`, each at the place of the reply that it ends with. Deleted messages, and bad ones,
-are left out with all that answers them (Köpf et al. 2023, arXiv:2304.07327).
+formats `messages` and `preference`, each at the place of the reply that it ends with. Deleted messages, those that
+reviewers called spam (`review_result` false), and bad ones are left out with all that answers them (Köpf et al. 2023,
+arXiv:2304.07327).
 """
 
 from collections.abc import Iterable, Iterator
@@ -133,7 +134,7 @@ def grown(messages: Iterable[Row]) -> tuple[list[Node], list[DataError]]:
             got = f"{fields['role']} {'in answer to itself' if above else 'as the first message'}"
             expected = "prompter and assistant in turn"
             errors.append(DataError(node.row.where, "role", got, expected, SKIP))
-        elif fields.get("deleted") is not True:
+        elif fields.get("deleted") is not True and fields.get("review_result") is not False:
             (above.replies if above else roots).append(node)
     return roots, errors
 

@@ -38,7 +38,7 @@ DIALOGUE = "\n\nHuman: What do I do?\n\nAssistant: About what?\n\nHuman: My cat:
 HH = {"chosen": f"{DIALOGUE}Record it.", "rejected": f"{DIALOGUE}Run. "}  # Anthropic/hh-rlhf
 
 
-def rated(response, overall, *ratings):
+def rated(response, overall, *ratings, fine=None):
     aspects = ("helpfulness", "honesty", "instruction_following", "truthfulness")
     return {
         "annotations": {
@@ -47,7 +47,7 @@ def rated(response, overall, *ratings):
         },
         "critique": "Fine.",
         "custom_system_prompt": "As an AI assistant, be honest.",
-        "fine-grained_score": 4.25,
+        "fine-grained_score": fine,
         "model": "falcon-40b-instruct",
         "overall_score": overall,
         "principle": "honesty",
@@ -105,7 +105,9 @@ def test_ultrafeedback():
         drawn.add(said(again[0].rejected)[1][1])
     assert drawn == {"red", "mud"}
     assert convert(ultrafeedback(rated("a", 5.0), rated("b", 5.0)), "pairs") is None
-    # without an overall score: the mean of the ratings, those that are numbers
+    pair = convert(ultrafeedback(rated("a", None, "5", fine=3.5), rated("b", 4.0, fine=3.0)), "pairs")
+    assert said(pair.chosen)[1][1] == "b"
+    # without a score: the mean of the ratings, those that are numbers
     row = ultrafeedback(rated("a", None, "4", "N/A", "5"), rated("b", None, "5", "5", "4"), rated("c", None))
     pair = convert(row, "pairs")
     assert (said(pair.chosen)[1][1], said(pair.rejected)[1][1]) == ("b", "a")

@@ -107,10 +107,10 @@ def test_prompts_of_a_pair_are_the_same_tokens(make_tokenizer, write):
             assert np.array_equal(made.tokens[low : low + given[0]], made.tokens[middle : middle + given[0]])
             assert made.loss[low + given[0] : middle].all() and made.loss[middle + given[0] : high].all()
             assert tokenizer.decode(made.tokens[low : middle - 1]).endswith(rows[i]["chosen"])
-        if kind != "metaspace":
-            assert tokenizer.decode(made.tokens[: int(np.argmax(made.loss))]) == "what is it\n"
-        else:
-            assert made.reading.shared_boundaries > 0
+            if kind != "metaspace":
+                assert made.tokens[low : low + given[0]].tolist() == tokenizer(rows[i]["prompt"])["input_ids"]
+        assert (made.reading.shared_boundaries > 0) == (kind == "metaspace")
+        assert (made.reading.cut_boundaries > 0) == (kind != "metaspace")
 
 
 def test_margins(make_tokenizer, write):
@@ -233,6 +233,7 @@ def test_truncation_keeps_the_start_of_both(make_tokenizer, write):
         ("pairs", {"prompt": "the " * 80, "chosen": "b", "rejected": "c"}, "nothing of `chosen` in a window of 64"),
         ("pairs", {"prompt": "a", "chosen": "b " * 99 + "c", "rejected": "b " * 99}, "the same 64 tokens in both"),
         ("labelled", {"prompt": "the " * 80, "completion": "b", "label": True}, "nothing of `completion` in a window"),
+        ("labelled", {"prompt": "the " * 80, "chosen": "b", "rejected": "c"}, "nothing of `completion` in a window"),
         ("steps", {"prompt": "a", "completions": ["b " * 90], "labels": [True]}, "no step that ends in a window of 64"),
         ("steps", {"prompt": "the " * 90, "completions": ["b"], "labels": [True]}, "nothing of `completions`"),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "b"}, "`chosen, rejected`: got the same in both"),
@@ -256,6 +257,7 @@ def test_bad_rows_refuse_or_are_counted(make_tokenizer, write, rows, bad, words)
         "labelled": {"prompt": "a", "completion": "b", "label": True},
         "steps": {"prompt": "a", "completions": ["b"], "labels": [True]},
     }[rows]
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"} if "chosen" in bad else good
     path, tokenizer = write([good, bad, good]), make_tokenizer()
     with pytest.raises(DataError) as caught:
         prepared(path, tokenizer, rows)

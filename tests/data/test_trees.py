@@ -61,6 +61,12 @@ def test_paths(flat):
     assert len(read(flat, "all", limit=2)) == 2  # of what comes out: messages are not cut from trees
 
 
+def test_spam_is_left_out(write):
+    rows = [message(*each) for each in TREE]
+    rows[3]["review_result"] = False
+    assert [spoken(row.fields["messages"]) for row in read(write(rows), "all")] == ["qe", "qabd"]
+
+
 def test_ranked_siblings(flat, write):
     def compared(path, paths):
         rows = read(path, paths, pairs=True)
