@@ -16,6 +16,7 @@ from jaxft.data import report as report_
 from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
 from jaxft.data.examples import Examples
+from jaxft.data.retold import Retold
 from jaxft.data.topk import Stored
 
 Batch = dict[str, np.ndarray]
@@ -36,7 +37,8 @@ class Loader:
     With `reserved` positions for a prompt, `max_length` counts them too: packed, every document begins with so many
     positions whose tokens mean nothing; otherwise rows are shorter by as much, and the model adds the prompt itself.
 
-    With what a `teacher` said of the examples, batches also have `teacher_ids` and `teacher_logp` `[batch_rows, T, K]`.
+    A `teacher` puts arrays beside the tokens, whose names begin with `teacher_`: what it said of the examples (`topk`),
+    or the examples in its own tokens (`retold`).
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Loader:
         epochs: int | None = None,
         reserved: int = 0,
         mismatched: bool = True,
-        teacher: Stored | None = None,
+        teacher: Stored | Retold | None = None,
     ):
         """`epochs` None goes on for ever."""
         self.examples, self.config, self.batch_rows, self.epochs = examples, config, batch_rows, epochs
@@ -59,9 +61,6 @@ class Loader:
         if config.packing == "wrapped" and examples.tasks.any():
             got, remedy = "wrapped, with rows of several tasks", "Set data.packing=best_fit or none."
             raise DataError("", "data.packing", got, "documents that do not share a prompt", remedy)
-        self.teacher = teacher
-        if teacher is not None:
-            teacher.check(examples, room, config.packing)
         self.judged = examples.form != "tokens"
         self.segmented = config.packing == "best_fit" or self.judged
         whole = whole_blocks(config.max_length * examples.group, config)
@@ -76,6 +75,7 @@ class Loader:
             raise DataError("", "data", got, "at least one", remedy)
         self.plan = pack.plan(found, self.length, config.packing, reserved if self.segmented else 0)
         self.room = room
+        self._beside = None if teacher is None else teacher.beside(examples, self.plan, room, config)
         self.kl_length = 0
         if mismatched and examples.form == "labelled":
             self.kl_length = whole_blocks(sequences.mismatched_width(examples, self.plan, room), config)
@@ -107,8 +107,7 @@ class Loader:
         first = index * self.batch_rows
         shape = (self.batch_rows, self.length)
         made = assemble(self.examples, rows, first, shape, self.segmented, self.reserved)
-        if self.teacher is not None:
-            made |= self.teacher.beside(rows, first, shape, self.reserved if self.segmented else 0)
+        made |= {} if self._beside is None else self._beside(rows, first, shape)
         return made | self._sequences(rows, first) if self.judged else made
 
     def state(self) -> dict[str, Any]:

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from jaxft.data import pack
+from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
 from jaxft.data.examples import Examples
+from jaxft.data.retold import Beside
 
 ABOUT = "topk.json"
 FORMAT = 1
@@ -120,31 +122,30 @@ class Stored:
         whole = np.concatenate(parts)
         return whole["id"], whole["logp"]
 
-    def beside(self, rows: pack.Epoch, first: int, shape: tuple[int, int], before: int) -> dict[str, np.ndarray]:
-        """Of a batch's tokens, rows from `first` on, each document after `before` positions of no meaning:
-        `teacher_ids` int32 and `teacher_logp` float16, `[rows, T, K]`; zeros elsewhere."""
-        ids, logp = (np.zeros((*shape, self.about.count), kind) for kind in (np.int32, np.float16))
-        for row in range(min(shape[0], len(rows.offsets) - 1 - first)):
-            at = 0
-            for i in range(rows.offsets[first + row], rows.offsets[first + row + 1]):
-                start, stop = int(rows.start[i]), int(rows.stop[i])
-                at, end = at + before, at + before + stop - start
-                ids[row, at:end], logp[row, at:end] = self.rows(start, stop)
-                at = end
-        return {"teacher_ids": ids, "teacher_logp": logp}
+    def beside(self, own: Examples, plan: pack.Plan, room: int, config: DataConfig) -> Beside:
+        """For these examples as they are packed, in documents of at most `room` tokens: `teacher_ids` int32 and
+        `teacher_logp` float16, `[rows, T, K]`, zeros where there is no token.
 
-    def check(self, examples: Examples, window: int, packing: str) -> None:
-        """Raises DataError unless it is of these examples, in the documents that rows are made of: `window` tokens at
-        most."""
-        own = self.about
-        refuse_other(
-            str(self.folder),
-            own,
-            about(examples, own.teacher, own.count, own.temperature, own.vocabulary, window),
-        )
-        if packing == "wrapped":
+        Raises DataError if they are not those of which it was made."""
+        of = self.about
+        now = about(own, of.teacher, of.count, of.temperature, of.vocabulary, room)
+        refuse_other(str(self.folder), of, now)
+        if config.packing == "wrapped":
             got, expected = "wrapped, with a stored teacher", "documents that begin where the teacher's did"
             raise DataError("", "data.packing", got, expected, "Set data.packing=best_fit or none.")
+
+        def arrays(rows: pack.Epoch, first: int, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+            ids, logp = (np.zeros((*shape, of.count), kind) for kind in (np.int32, np.float16))
+            for row in range(min(shape[0], len(rows.offsets) - 1 - first)):
+                at = 0
+                for i in range(rows.offsets[first + row], rows.offsets[first + row + 1]):
+                    start, stop = int(rows.start[i]), int(rows.stop[i])
+                    at, end = at + plan.reserved, at + plan.reserved + stop - start
+                    ids[row, at:end], logp[row, at:end] = self.rows(start, stop)
+                    at = end
+            return {"teacher_ids": ids, "teacher_logp": logp}
+
+        return arrays
 
 
 def read(folder: str | Path, of: About) -> Stored:
