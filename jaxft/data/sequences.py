@@ -54,16 +54,12 @@ def mismatched(examples: Examples, rows: pack.Epoch, first: int, count: int, roo
         for a, b, c, d in zip(start, begin, np.roll(begin, 1), np.roll(stop, 1), strict=True)
     ]
     where = np.concatenate(pieces or [np.zeros(0, np.int64)])
-    given = [min(b - a, room) for a, b in zip(start, begin, strict=True)]
     offsets = np.concatenate(([0], np.cumsum([len(piece) for piece in pieces]))).astype(np.int64)
-    loss = examples.loss[where]
-    for a, size in zip(offsets, given, strict=False):
-        loss[a : a + size] = False
     tasks = np.array([examples.tasks[examples.example_at(a)] for a in start], np.int32)
     made = dataclasses.replace(
         examples,
         tokens=examples.tokens[where],
-        loss=loss,
+        loss=examples.loss[where],
         offsets=offsets,
         rows=np.arange(len(start)),
         tasks=tasks,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxft import data
+from jaxft.data import pack
 from jaxft.data.errors import DataError
 
 WORDS = "the cat sat on a mat and saw two dogs run to town what is it called here yes no".split()
@@ -280,6 +281,37 @@ def test_a_prompt_of_virtual_tokens_takes_room(make_tokenizer, write):
         data.prepare(config, tokenizer, rows="pairs", reserved=10)
 
 
+def test_packed_pairs_with_virtual_tokens(make_tokenizer, write):
+    config = dataclasses.replace(CONFIG, path=write(some_pairs(20)), max_length=128)
+    train = data.prepare(config, make_tokenizer(), rows="pairs", reserved=5).train
+    found = [
+        tuple(tokens[5:])
+        for batch in data.Loader(train, config, batch_rows=2, epochs=1, reserved=5)
+        for *_, tokens, _, _ in sequences(batch)
+    ]
+    bounds = zip(train.offsets[:-1], train.offsets[1:], strict=True)
+    assert sorted(found) == sorted(tuple(train.tokens[a:b].tolist()) for a, b in bounds)
+
+
+def test_what_belongs_together_is_left_out_together(make_tokenizer, write):
+    """Of a pair that has nothing to learn on one side; of a row that is bad for one of its completions."""
+    train = prepared(write(some_pairs(3)), make_tokenizer(), "pairs").train
+    loss = train.loss.copy()
+    loss[train.offsets[3] : train.offsets[4]] = False  # the rejected one of the second pair
+    found = pack.pieces(dataclasses.replace(train, loss=loss), 512, "truncate")
+    assert found.start.tolist() == train.offsets[[0, 1, 4, 5]].tolist() and found.dropped_unlearnt == 2
+    rows = [
+        {"prompt": "the ca", "chosen": "t sat", "rejected": " on a mat"},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    tokenizer = make_tokenizer(kind="metaspace")
+    whole = prepared(write(rows), tokenizer, "labelled").train
+    given = [int(np.argmax(whole.loss[a:b])) for a, b in zip(whole.offsets[:2], whole.offsets[1:3], strict=True)]
+    assert given[0] < given[1]  # the last of the prompt merges with the first of the chosen completion
+    train = prepared(write(rows), tokenizer, "labelled", max_length=given[1], on_error="skip").train
+    assert train.rows.tolist() == [1, 1] and train.reading.skipped == 1
+
+
 def test_prompts_that_differ_are_refused(make_tokenizer, write):
     asks = [[{"role": "user", "content": text}, {"role": "assistant", "content": "b"}] for text in ("a", "x")]
     path = write([{"chosen": asks[0], "rejected": asks[1]}])
@@ -303,8 +335,8 @@ def test_settings_that_make_no_sense_for_pairs(make_tokenizer, write, options, w
         prepared(write(some_pairs(2)), make_tokenizer(), "pairs", **options)
 
 
-@pytest.mark.parametrize("rows", ["pairs", "labelled", "steps"])
-def test_exact_resume_and_workers(make_tokenizer, write, rows, monkeypatch):
+@pytest.mark.parametrize(("rows", "workers"), [("pairs", 1), ("labelled", 0), ("steps", 0)])
+def test_exact_resume_and_workers(make_tokenizer, write, rows, workers, monkeypatch):
     from jaxft.data import examples
 
     monkeypatch.setattr(examples, "CHUNK", 4)
@@ -313,7 +345,7 @@ def test_exact_resume_and_workers(make_tokenizer, write, rows, monkeypatch):
     tokenizer = make_tokenizer()
     options = {"epochs": 2, "batch_rows": 4, "packing": "none"}
     batches = list(loader_of(path, tokenizer, rows, **options))
-    other = loader_of(path, tokenizer, rows, workers=1, **options)
+    other = loader_of(path, tokenizer, rows, workers=workers, **options)
     for _ in range(3):
         next(other)
     again = loader_of(path, tokenizer, rows, **options)
@@ -331,6 +363,8 @@ def test_held_out_pairs_stay_whole(make_tokenizer, write):
         assert len(made.train) == 30 and len(made.held_out) == 10
         for part in (made.train, made.held_out):
             assert np.array_equal(part.rows[::2], part.rows[1::2])
+            if rows == "labelled":
+                assert part.columns["label"].tolist() == [True, False] * (len(part) // 2)
 
 
 def test_tokens_are_digested_as_ever(make_tokenizer, write, chats):
