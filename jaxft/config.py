@@ -47,6 +47,46 @@ class ModelSection:
     """Attention kernel; auto chooses by platform and case."""
 
 
+Packing = Literal["none", "nf4", "fp4", "int8", "fp8"]
+
+
+@dataclass(frozen=True)
+class ReferenceSection:
+    """What a preference objective compares the policy with. By default the policy as the run began, which costs no
+    second model."""
+
+    path: str | None = None
+    """Folder or hub id of another model as the reference; it must have the same tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    quantize: Packing = "none"
+    """Few bits for the other model's weights."""
+    precompute: bool = False
+    """Whether its log-probabilities are found once before the first step and kept on disk: each step is then as cheap
+    as without a reference, and another model leaves the memory before training begins."""
+    stored: str | None = None
+    """Folder of those log-probabilities, for several runs to share. Default: reference/ in the run's folder."""
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    """The model that a distillation learns from."""
+
+    path: str | None = None
+    """Folder or hub id of the teacher."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    adapter: str | None = None
+    """Folder or hub id of an adapter on it."""
+    quantize: Packing = "none"
+    """Few bits for its weights."""
+    stored: str | None = None
+    """With objective.teacher=stored: folder of the teacher's likeliest tokens; what it lacks is found and written
+    before the first step, for which path is needed. Default: teacher/ in the run's folder."""
+    top_k: int = 64
+    """How many of the teacher's tokens are stored at each place."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
@@ -63,6 +103,10 @@ class RunConfig:
     """What is trained: a method and its settings, or a list of them, applied in order."""
     objective: Choice = fields.choice("name", _OBJECTIVES, "sft", "Training objective.")
     """What is minimised: the objective and its settings."""
+    reference: ReferenceSection = field(default_factory=ReferenceSection)
+    """What a preference objective compares the policy with."""
+    teacher: TeacherSection = field(default_factory=TeacherSection)
+    """The model that a distillation learns from."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser and its schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -6,8 +6,9 @@ This is where the rooms meet; each function here is one seam and decides nothing
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -108,9 +109,19 @@ def adapted(
     return made
 
 
-def split(config: RunConfig, base: Model, mesh: Mesh | None, statistics: dict[str, Any] | None = None) -> Split:
-    """The methods applied to the base, and the parameters split into trained and frozen."""
+def split(
+    config: RunConfig,
+    base: Model,
+    mesh: Mesh | None,
+    statistics: dict[str, Any] | None = None,
+    besides: Mapping[str, tree.Params] = MappingProxyType({}),
+) -> Split:
+    """The methods applied to the base, and the parameters split into trained and frozen. ``besides``: what trains with
+    the model and is no part of it."""
     params, mask, rates = adapted(config, base, statistics)
+    first = peft.first_rate([choice.value for choice in config.peft])
+    params, mask = {**params, **besides}, {**mask, **jax.tree.map(lambda _: True, dict(besides))}
+    rates = {**rates, **jax.tree.map(lambda _: first, dict(besides))}
     trainable, frozen = tree.partition(params, mask)
     changed = native.changed(params, base.params)
     if mesh is None:
@@ -190,7 +201,7 @@ def first_state(
 ) -> tuple[TrainState, TrainState | None]:
     """The state before the first step, and its shardings; ``method``: `Hooks.start`."""
     objective, settings = OBJECTIVES[config.objective.name], config.objective.value
-    reference, carry = "reference" in objective.asked(settings).views, objective.carry(settings)
+    reference, carry = own_reference(config), objective.carry(settings)
     places = None
     if mesh is not None or config.optim.offload:
         own = jax.eval_shape(method, parts.trainable)
@@ -206,23 +217,33 @@ def first_state(
     return state.create(parts.trainable, optimizer, key, reference, carry, own, places), places
 
 
+def own_reference(config: RunConfig) -> bool:
+    """Whether the policy as the run began is scored in each step."""
+    asked = OBJECTIVES[config.objective.name].asked(config.objective.value)
+    return "reference" in asked.views and config.reference.path is None and not config.reference.precompute
+
+
 def virtual(config: RunConfig) -> dict[str, int]:
     """Length of each slot that the methods make: `prompt`, `prefix`."""
     methods = [choice.value for choice in config.peft]
     return {method.slot: method.tokens for method in methods if isinstance(method, peft.Slotted)}
 
 
-def loaders(config: RunConfig, prepared: Prepared) -> tuple[Loader, Any]:
-    """Endless training batches, and a function that starts the held-out ones anew (None: there are none)."""
+def loaders(
+    config: RunConfig, prepared: Prepared, beside: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Loader, Any]:
+    """Endless training batches, and a function that starts the held-out ones anew (None: there are none).
+
+    ``beside``: what stands beside the parts ``train`` and ``held_out``: see `Loader`."""
     rows, reserved = config.train.batch * config.train.accumulate, virtual(config).get("prompt", 0)
     mismatched = "kl" in OBJECTIVES[config.objective.name].asked(config.objective.value).asides
     made = functools.partial(Loader, batch_rows=rows, reserved=reserved, mismatched=mismatched)
-    train = made(prepared.train, config.data)
+    train = made(prepared.train, config.data, beside=beside.get("train"))
     if prepared.held_out is None:
         return train, None
     fixed = dataclasses.replace(config.data, shuffle=False)
     held = prepared.held_out
-    return train, lambda: made(held, fixed, epochs=1)
+    return train, lambda: made(held, fixed, epochs=1, beside=beside.get("held_out"))
 
 
 def check_tasks(params: tree.Params, *examples: Examples | None) -> None:

@@ -32,7 +32,7 @@ from jaxft.training.evaluate import Evaluator
 from jaxft.training.loop import Result
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
-from jaxft.training.step import Shardings, Step
+from jaxft.training.step import Frozen, Shardings, Step
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,13 @@ class Job:
 
     step: Step
     state: TrainState
-    frozen: tree.Params
+    frozen: Frozen
     record: Record
-    loader: Any
     optimizer: Optimizer
     flops: float
     """Of a token, forward and backward."""
-    evaluators: Callable[[Path], Sequence[Evaluator]]
-    """Given the run's folder, which is claimed last."""
+    begin: Callable[[Path], tuple[Any, Sequence[Evaluator]]]
+    """Given the run's folder, which is claimed last: the training batches, and what evaluates."""
     finish: Callable[[Result, tree.Params, Path], int]
     """``(result, trained arrays, folder)``: writes what came out of it and tells about it; gives the exit code."""
     read: Callable[[int, Mapping[str, Any]], dict[str, float]] = loop.numbers
@@ -85,7 +84,7 @@ def handed_over(base: Model, frozen: tree.Params, unroll: bool) -> tuple[Model, 
     return dataclasses.replace(base, params=None), frozen
 
 
-def shardings(places: TrainState | None, frozen: tree.Params, mesh: Mesh | None) -> Shardings | None:
+def shardings(places: TrainState | None, frozen: Frozen, mesh: Mesh | None) -> Shardings | None:
     """Where the step's arguments live; None where nothing says so: on a single device."""
     if places is None:
         return None

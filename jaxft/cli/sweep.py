@@ -73,7 +73,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
         job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch, first.carry))
     ledger = Ledger([member.folder for member in runs], config.log.every, material.steps)
 
-    def evaluators(folder: Path) -> list[Evaluator]:
+    def begin(folder: Path) -> tuple[Any, list[Evaluator]]:
         for member in runs:
             run_dir.write(member.config)
         found: list[Each] = []
@@ -83,7 +83,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
             found += [lambda step, state: each_summary(measured(state), len(runs))]
         if asked:
             found += [answered(runs, asked, base, dtype, how, frozen, differs)]
-        return [ledger.evaluator(found, config.eval)] if found else []
+        return loader, [ledger.evaluator(found, config.eval)] if found else []
 
     def finish(result: Result, trained: tree.Params, folder: Path) -> int:
         ledger.close()
@@ -98,7 +98,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
         loader = sweep.Orders([assemble.loaders(member.config, material.prepared)[0] for member in runs])
     shardings = job_.shardings(places, frozen, mesh)
     step = sweep.make_step(objective, settings, score, optimizer, len(runs), own_order, shardings, hooks)
-    return Job(step, first, frozen, record, loader, optimizer, flops, evaluators, finish, ledger.read)
+    return Job(step, first, frozen, record, optimizer, flops, begin, finish, ledger.read)
 
 
 def statistics(runs: Sequence[Member], base: Model, material: Material, how: Execution) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from jaxft.border.errors import ConfigError
 from jaxft.cli import answers, assemble, members, summary, sweep
 from jaxft.cli import arguments as arguments_
 from jaxft.cli import job as job_
+from jaxft.cli import others as others_
 from jaxft.cli.job import Job, Material
 from jaxft.config import RunConfig
 from jaxft.core import tree
@@ -65,6 +67,7 @@ def run(config: RunConfig) -> int:
     console = Console(highlight=False)
     if not config.data.path:
         raise ConfigError("`data.path` must be given: a file or data set to train on, data.path=rows.jsonl")
+    others_.check(config)
     run_dir.check(config)
     mesh = assemble.devices(config)
     base = assemble.model(config, mesh)
@@ -75,17 +78,18 @@ def run(config: RunConfig) -> int:
 
     folder, _ = run_dir.claim(config)
     with run_dir.held(folder) if jax.process_index() == 0 else contextlib.nullcontext():
+        loader, evaluators = job.begin(folder)
         result = loop.fit(
             job.step,
             job.state,
             job.frozen,
-            job.loader,
+            loader,
             folder,
             job.record,
             Settings(config.train, config.eval, config.checkpoint, config.log),
             steps=material.steps,
             place=mesh_.placer(mesh),
-            evaluators=job.evaluators(folder),
+            evaluators=evaluators,
             averaged=job.optimizer.averaged,
             epoch_steps=material.train.batches_per_epoch,
             flops_per_token=job.flops,
@@ -101,7 +105,9 @@ def run(config: RunConfig) -> int:
 def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, console: Console) -> Job:
     """A single run."""
     how = assemble.execution(config, mesh)
-    parts = assemble.split(config, base, mesh, assemble.statistics(config, base, material.prepared, how))
+    others = others_.load(config, base, mesh)
+    statistics = assemble.statistics(config, base, material.prepared, how)
+    parts = assemble.split(config, base, mesh, statistics, others_.projected(config, base, others))
     assemble.check_tasks(parts.trainable, material.prepared.train, material.prepared.held_out)
     hooks = assemble.hooks(config, parts, material.steps)
     optimizer, first, places = assemble.start(config, parts, material.steps, mesh, hooks)
@@ -110,32 +116,35 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
     console.print(f"training {counted} parameters for {material.steps:,} steps with {methods}")
     record = job_.record(config, parts.frozen)
     flops = assemble.flops_per_token(config, base, parts)
-    score = assemble.scorer(config, base, how)
+    score = others_.scorer(config, base, how, others)
     dtype = base.params["embed"]["tokens"].dtype
     asked = answers.chosen(config, material.prepared.held_out, material.prepared.format, base)
     base, frozen = job_.handed_over(base, parts.frozen, how.unroll)
+    beforehand = others_.Beforehand(config, base, dtype, how, console)
+    models: step.Frozen = step.Models(frozen, others_.handed_over(others, how.unroll)) if others else frozen
     changed = parts.changed
     del parts  # the state holds its own copy of what is trained
 
     objective, settings = OBJECTIVES[config.objective.name], config.objective.value
     eval_step = step.make_eval_step(objective, settings, score)
     if material.held_out is not None:
-        batch = prefetch.split(material.train.batch(0), config.train.accumulate)
-        job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch, first.carry))
+        batch = prefetch.split(others_.stand_in(config, material.train.batch(0)), config.train.accumulate)
+        job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, models, batch, first.carry))
 
-    def evaluators(folder: Path) -> list[Evaluator]:
+    def begin(folder: Path) -> tuple[Any, list[Evaluator]]:
+        data = beforehand.material(material, tree.combine(first.trainable, frozen), folder, others)
         found = []
-        if material.held_out is not None:
+        if data.held_out is not None:
             place, accumulate = mesh_.placer(mesh), config.train.accumulate
-            found += [evaluate.held_out(eval_step, frozen, material.held_out, place, config.eval, accumulate)]
+            found += [evaluate.held_out(eval_step, models, data.held_out, place, config.eval, accumulate)]
         if asked:
             found += [answers.evaluator(config, asked, base, dtype, how, frozen, folder)]
-        return found
+        return data.train, found
 
     def finish(result: Result, trained: tree.Params, folder: Path) -> int:
         written = job_.write(config, base, tree.combine(trained, frozen), changed, str(dtype), folder)
         summary.show(console, config, result, folder, written)
         return 0
 
-    run = step.make_step(objective, settings, score, optimizer, job_.shardings(places, frozen, mesh), hooks)
-    return Job(run, first, frozen, record, material.train, optimizer, flops, evaluators, finish)
+    run = step.make_step(objective, settings, score, optimizer, job_.shardings(places, models, mesh), hooks)
+    return Job(run, first, models, record, optimizer, flops, begin, finish)

@@ -16,6 +16,7 @@ from jaxft.data import report as report_
 from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
 from jaxft.data.examples import Examples
+from jaxft.data.known import Known
 from jaxft.data.retold import Retold
 from jaxft.data.topk import Stored
 
@@ -37,8 +38,8 @@ class Loader:
     With `reserved` positions for a prompt, `max_length` counts them too: packed, every document begins with so many
     positions whose tokens mean nothing; otherwise rows are shorter by as much, and the model adds the prompt itself.
 
-    A `teacher` puts arrays beside the tokens, whose names begin with `teacher_`: what it said of the examples (`topk`),
-    or the examples in its own tokens (`retold`).
+    What stands `beside` the examples gives further arrays: what a teacher said of them (`topk`) or they in its own
+    tokens (`retold`), names that begin with `teacher_`; or what a reference said (`known`), `ref_logp`.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Loader:
         epochs: int | None = None,
         reserved: int = 0,
         mismatched: bool = True,
-        teacher: Stored | Retold | None = None,
+        beside: Stored | Retold | Known | None = None,
     ):
         """`epochs` None goes on for ever."""
         self.examples, self.config, self.batch_rows, self.epochs = examples, config, batch_rows, epochs
@@ -75,7 +76,7 @@ class Loader:
             raise DataError("", "data", got, "at least one", remedy)
         self.plan = pack.plan(found, self.length, config.packing, reserved if self.segmented else 0)
         self.room = room
-        self._beside = None if teacher is None else teacher.beside(examples, self.plan, room, config)
+        self._beside = None if beside is None else beside.beside(examples, self.plan, room, config)
         self.kl_length = 0
         if mismatched and examples.form == "labelled":
             self.kl_length = whole_blocks(sequences.mismatched_width(examples, self.plan, room), config)
@@ -109,6 +110,11 @@ class Loader:
         made = assemble(self.examples, rows, first, shape, self.segmented, self.reserved)
         made |= {} if self._beside is None else self._beside(rows, first, shape)
         return made | self._sequences(rows, first) if self.judged else made
+
+    def places(self, number: int) -> list[tuple[int, int, int, int]]:
+        """Where the tokens of batch `number` lie: `pack.places`."""
+        turn, index = divmod(int(number), self.batches_per_epoch)
+        return pack.places(self._rows(turn), index * self.batch_rows, self.batch_rows, self.plan.reserved)
 
     def state(self) -> dict[str, Any]:
         """The cursor behind the last consumed batch, and what it belongs to; JSON."""

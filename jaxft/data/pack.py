@@ -184,3 +184,16 @@ def wrap(start: np.ndarray, stop: np.ndarray, capacity: int, rows: int) -> Epoch
     first = start[piece] + edges[:-1] - begins[piece]
     offsets = np.searchsorted(edges, np.concatenate(([0], cuts, edges[-1:])))
     return Epoch(first, first + np.diff(edges), offsets.astype(np.int64))
+
+
+def places(rows: Epoch, first: int, count: int, before: int) -> list[tuple[int, int, int, int]]:
+    """(row, place in the row, start, stop) of every stretch `[start, stop)` of tokens in `count` rows from `first` on,
+    each after `before` positions of no meaning."""
+    found = []
+    for row in range(min(count, len(rows.offsets) - 1 - first)):
+        at = 0
+        for i in range(rows.offsets[first + row], rows.offsets[first + row + 1]):
+            start, stop = int(rows.start[i]), int(rows.stop[i])
+            found.append((row, at + before, start, stop))
+            at += before + stop - start
+    return found

@@ -136,20 +136,16 @@ class Stored:
 
         def arrays(rows: pack.Epoch, first: int, shape: tuple[int, int]) -> dict[str, np.ndarray]:
             ids, logp = (np.zeros((*shape, of.count), kind) for kind in (np.int32, np.float16))
-            for row in range(min(shape[0], len(rows.offsets) - 1 - first)):
-                at = 0
-                for i in range(rows.offsets[first + row], rows.offsets[first + row + 1]):
-                    start, stop = int(rows.start[i]), int(rows.stop[i])
-                    at, end = at + plan.reserved, at + plan.reserved + stop - start
-                    ids[row, at:end], logp[row, at:end] = self.rows(start, stop)
-                    at = end
+            for row, at, start, stop in pack.places(rows, first, shape[0], plan.reserved):
+                here = slice(at, at + stop - start)
+                ids[row, here], logp[row, here] = self.rows(start, stop)
             return {"teacher_ids": ids, "teacher_logp": logp}
 
         return arrays
 
 
 def read(folder: str | Path, of: About) -> Stored:
-    """Opens what was stored; an ``of.teacher`` of "" accepts any.
+    """Opens what was stored; an ``of.teacher`` of "" accepts any, and an ``of.vocabulary`` of 0.
 
     Raises DataError naming what it was made of that is not as in ``of``, and for a folder that is not whole."""
     folder = Path(folder)
@@ -184,7 +180,7 @@ def refuse_other(where: str, own: About, of: About) -> None:
     """Raises DataError naming the first thing in which what is stored is not what is wanted."""
     for name, expected in dataclasses.asdict(of).items():
         got = dataclasses.asdict(own)[name]
-        if got != expected and not (name == "teacher" and expected == ""):
+        if got != expected and expected not in ("", 0):
             remedy = f"It was made of {WORDS[name]}: store them again in another folder."
             raise DataError(where, name, repr(got), repr(expected), remedy)
 

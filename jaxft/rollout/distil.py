@@ -98,7 +98,9 @@ def _resolved(config: ModelConfig, teacher_config: ModelConfig, layers: Pairs) -
     return found
 
 
-def shared_vocabulary(config: ModelConfig, tokenizer: Any, teacher_config: ModelConfig, teacher_tokenizer: Any) -> int:
+def shared_vocabulary(
+    config: ModelConfig, tokenizer: Any, teacher_config: ModelConfig, teacher_tokenizer: Any, what: str = "teacher"
+) -> int:
     """How many ids from 0 both models have, where their tokenizers are the same but for tokens beyond that number.
 
     Models pad their embedding with rows for no token, each in its own way. Raises ValueError naming a token that the
@@ -108,10 +110,10 @@ def shared_vocabulary(config: ModelConfig, tokenizer: Any, teacher_config: Model
     apart = sorted(i for i in own.keys() | other.keys() if own.get(i) != other.get(i))
     if apart:
         i = apart[0]
+        remedy = ", or objective.divergence=uld, which compares different tokenizers" if what == "teacher" else ""
         raise ValueError(
-            f"teacher: its tokenizer differs from the student's in {len(apart)} of {common} ids: id {i} is "
-            f"{other.get(i)!r} for the teacher and {own.get(i)!r} for the student; expected the same tokens, or "
-            "objective.divergence=uld, which compares different tokenizers"
+            f"{what}: its tokenizer differs from the model's in {len(apart)} of {common} ids: id {i} is "
+            f"{other.get(i)!r} for the {what} and {own.get(i)!r} for the model; expected the same tokens{remedy}"
         )
     return common
 
@@ -159,7 +161,7 @@ def make_score(
             names = ("tokens", "positions", "segments")
             own = {name: batch[f"teacher_{name}"] for name in names if f"teacher_{name}" in batch}
         else:
-            own = _unreserved(batch, reserved)
+            own = unreserved(batch, reserved)
         if score_.reserved_in(params, own):
             raise ValueError("teacher: it has a learnt prompt, for which these rows keep no place; merge or drop it")
         how = execution if teacher_execution is None else teacher_execution
@@ -222,7 +224,7 @@ def _brought(batch: Batch, divergence: Divergence) -> Callable[[jax.Array], jax.
     return lambda x: jnp.take_along_axis(x, places_BT[..., None], axis=1)
 
 
-def _unreserved(batch: Batch, reserved: int) -> dict[str, jax.Array]:
+def unreserved(batch: Batch, reserved: int) -> dict[str, jax.Array]:
     """A student's rows as a teacher without its prompt reads them: what is kept for that is padding."""
     if not reserved or "segments" not in batch:
         return {name: batch[name] for name in ("tokens", "positions", "segments") if name in batch}

@@ -76,6 +76,11 @@ def check_rows(mesh: Mesh, rows: int) -> None:
         )
 
 
+def row_shards(mesh: Mesh | None) -> int:
+    """How many devices share the rows of a batch."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def placer(mesh: Mesh | None) -> Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]]:
     """Puts host arrays [accumulate, rows, ...] on the mesh (None: the default device).
 

@@ -47,7 +47,7 @@ def both(count=40):
 def test_every_document_stands_beside_itself(packing, reserved):
     own, other, place = both()
     config = DataConfig("x", max_length=ROOM + reserved, packing=packing, length_multiple=4)
-    loader = Loader(own, config, batch_rows=5, reserved=reserved, teacher=Retold(other))
+    loader = Loader(own, config, batch_rows=5, reserved=reserved, beside=Retold(other))
     widths, seen = set(), []
     for number in range(3 * loader.batches_per_epoch):
         batch = loader.batch(number)
@@ -78,7 +78,7 @@ def test_what_cannot_be_told_again_is_refused():
     config = DataConfig("x", max_length=ROOM, packing="best_fit")
     for name, value in (("packing", "wrapped"), ("overlong", "split")):
         with pytest.raises(DataError, match=f"data.{name}.*{value}"):
-            Loader(own, dataclasses.replace(config, **{name: value}), batch_rows=2, teacher=Retold(other))
+            Loader(own, dataclasses.replace(config, **{name: value}), batch_rows=2, beside=Retold(other))
     fewer = told([*range(10), *range(12, 40)], [5] * 38, 5000)
     with pytest.raises(DataError, match=r"a.jsonl:4: got .* none for 3 of 41 examples"):  # row 3's second, 10 and 11
-        Loader(own, config, batch_rows=2, teacher=Retold(fewer))
+        Loader(own, config, batch_rows=2, beside=Retold(fewer))

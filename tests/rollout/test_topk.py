@@ -170,7 +170,7 @@ def test_batches_have_it_beside_their_tokens(tmp_path, small, overlong, reserved
     held, folder = examples(), tmp_path / "f"
     topk.store(folder, held, about(held), teacher()[2])
     config = DataConfig("x", max_length=WINDOW + reserved, packing="best_fit", overlong=overlong, length_multiple=1)
-    made = Loader(held, config, batch_rows=3, epochs=1, reserved=reserved, teacher=disk.read(folder, about(held)))
+    made = Loader(held, config, batch_rows=3, epochs=1, reserved=reserved, beside=disk.read(folder, about(held)))
     targets = 0
     for number in range(made.total_batches):
         batch = made.batch(number)
@@ -186,7 +186,7 @@ def test_batches_have_it_beside_their_tokens(tmp_path, small, overlong, reserved
     assert targets > 30 and batch["teacher_logp"].dtype == np.float16
     with pytest.raises(DataError, match="`window`: got 12; expected 16"):
         longer = dataclasses.replace(config, max_length=16 + reserved)
-        Loader(held, longer, batch_rows=3, reserved=reserved, teacher=disk.read(folder, about(held)))
+        Loader(held, longer, batch_rows=3, reserved=reserved, beside=disk.read(folder, about(held)))
     with pytest.raises(DataError, match=r"data.packing.*wrapped"):
         wrapped = dataclasses.replace(config, packing="wrapped")
-        Loader(held, wrapped, batch_rows=3, reserved=reserved, teacher=disk.read(folder, about(held)))
+        Loader(held, wrapped, batch_rows=3, reserved=reserved, beside=disk.read(folder, about(held)))
