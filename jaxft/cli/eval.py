@@ -6,6 +6,7 @@ The data are the config's held-out part; where it has none, or `data.path` is gi
 
 import argparse
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -16,12 +17,14 @@ from rich.table import Table
 
 from jaxft import data
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, precision, target
+from jaxft.cli import answers, assemble, precision, summary, target
+from jaxft.cli import others as others_
 from jaxft.cli.target import Target
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import DataConfig, Examples, Loader, records
 from jaxft.data.records import Row
+from jaxft.data.retold import Retold
 from jaxft.model import Model
 from jaxft.models import slots
 from jaxft.models.decoder import Execution
@@ -113,21 +116,28 @@ def held_out(config: DataConfig, model: Model, rows: str = "tokens", reserved: i
 def losses(
     config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution
 ) -> dict[str, float]:
-    """Loss, metrics of the objective, perplexity: means over all target tokens."""
-    objective = OBJECTIVES[config.objective.name]
-    score = assemble.scorer(config, model, how)
-    eval_step = step.make_eval_step(objective, config.objective.value, score)
+    """Loss, metrics of the objective, perplexity: means over all target tokens. The reference, where there is one, is
+    the model without the adapter, unless the config names another."""
+    config = others_.live(config)
+    objective, chosen = OBJECTIVES[config.objective.name], config.objective.value
+    asked = objective.asked(chosen)
+    others = others_.load(config, model, how.mesh)
+    if "reference" in asked.views and "reference" not in others:
+        others["reference"] = dataclasses.replace(model, params=tree.strip(params))
+    eval_step = step.make_eval_step(objective, chosen, others_.scorer(config, model, how, others))
     settings = dataclasses.replace(config.data, shuffle=False)
     assemble.check_tasks(params, examples)
-    reserved = slots.prompt_length(params)
-    mismatched = "kl" in objective.asked(config.objective.value).asides
-    rows = config.train.batch
-    batches = lambda: Loader(  # noqa: E731
-        examples, settings, batch_rows=rows, epochs=1, reserved=reserved, mismatched=mismatched
-    )
-    nothing = jax.tree.map(lambda leaf: None, params)
-    measured = evaluate.held_out(eval_step, nothing, batches, mesh_.placer(how.mesh), config.eval)
-    return dict(measured(0, TrainState(jnp.int32(0), params, None, None, {}, None, jax.random.key(0))))
+    reserved, retold = slots.prompt_length(params), None
+    if others_.retells(config):
+        retold = Retold(held_out(config.data, others["teacher"])[0])
+    batches = functools.partial(
+        Loader, examples, settings, batch_rows=config.train.batch, epochs=1, reserved=reserved,
+        mismatched="kl" in asked.asides, beside=retold,
+    )  # fmt: skip
+    frozen = step.Models(jax.tree.map(lambda leaf: None, params), others_.handed_over(others, False))
+    measured = evaluate.held_out(eval_step, frozen, batches, mesh_.placer(how.mesh), config.eval)
+    begun = TrainState(jnp.int32(0), params, None, None, objective.carry(chosen), None, jax.random.key(0))
+    return dict(measured(0, begun))
 
 
 def _replies(
@@ -164,7 +174,7 @@ def _show(source: str, examples: Examples, values: dict[str, float], said: list[
     console = Console(highlight=False, markup=False)
     table = Table(title=f"{source}: {len(examples):,} examples", title_justify="left", show_header=False)
     for name, value in values.items():
-        share = name in ("exact_match", "mean_token_accuracy")
+        share = name in summary.SHARES
         counted = f" of {len(said):,} replies" if name == "exact_match" else ""
         table.add_row(name.replace("_", " "), (f"{value:.1%}" if share else f"{value:.4g}") + counted)
     console.print(table)

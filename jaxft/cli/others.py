@@ -170,6 +170,24 @@ def _distilled(config: RunConfig, base: Model, how: Execution, taught: Model | N
     )
 
 
+def live(config: RunConfig) -> RunConfig:
+    """The config with the other models beside the one that is evaluated, nothing stored, and no projections, which a
+    run does not keep. Raises ConfigError where what a teacher said is known and the teacher is not."""
+    settings, section = config.objective.value, config.reference
+    if isinstance(settings, Distil):
+        if config.teacher.path is None:
+            raise ConfigError("`teacher.path` must be given: the model that the student is compared with")
+        settings = dataclasses.replace(settings, teacher="live", hidden_layers=())
+        return dataclasses.replace(config, objective=dataclasses.replace(config.objective, value=settings))
+    return dataclasses.replace(config, reference=dataclasses.replace(section, precompute=False, stored=None))
+
+
+def retells(config: RunConfig) -> bool:
+    """Whether the data are told again in the tokens of a teacher with another tokenizer."""
+    settings = config.objective.value
+    return isinstance(settings, Distil) and settings.divergence == "uld"
+
+
 def stand_in(config: RunConfig, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A batch with zeros for what is found beforehand: to know shapes before it is."""
     shape, settings = batch["tokens"].shape, config.objective.value
@@ -178,7 +196,7 @@ def stand_in(config: RunConfig, batch: dict[str, np.ndarray]) -> dict[str, np.nd
     if isinstance(settings, Distil) and settings.teacher == "stored":
         several = (*shape, config.teacher.top_k)
         return batch | {"teacher_ids": np.zeros(several, np.int32), "teacher_logp": np.zeros(several, np.float16)}
-    if isinstance(settings, Distil) and settings.divergence == "uld":
+    if retells(config):
         names = ("tokens", "positions", "segments", "loss_mask")
         return batch | {f"teacher_{name}": np.zeros_like(batch[name]) for name in names if name in batch}
     return batch
@@ -218,7 +236,7 @@ class Beforehand:
             return functools.partial(self._known, other, other.params, folder)
         if isinstance(settings, Distil) and settings.teacher == "stored":
             return functools.partial(self._stored, folder)
-        if isinstance(settings, Distil) and settings.divergence == "uld":
+        if retells(self.config):
             again = data.prepare(self.config.data, others["teacher"].tokenizer)
             parts = {"train": again.train, "held_out": again.held_out}
             return lambda examples, part: Retold(parts[part])

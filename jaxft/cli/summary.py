@@ -13,7 +13,11 @@ from jaxft.cli import answers, assemble
 from jaxft.config import RunConfig
 from jaxft.training.loop import Result
 
-SHOWN = ("loss", "perplexity", "mean_token_accuracy", "exact_match")
+SHOWN = (
+    "loss", "perplexity", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "divergence",
+    "teacher_agreement", "exact_match",
+)  # fmt: skip
+SHARES = ("exact_match", "mean_token_accuracy", "rewards/accuracies", "teacher_agreement")
 
 
 def show(console: Console, config: RunConfig, result: Result, folder: Path, written: Path) -> None:
@@ -53,7 +57,7 @@ def number(name: str, value: float | None) -> str:
     """A metric as it is shown."""
     if value is None:
         return ""
-    return f"{value:.1%}" if name in ("exact_match", "mean_token_accuracy") else f"{value:.4g}"
+    return f"{value:.1%}" if name in SHARES else f"{value:.4g}"
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -309,7 +309,7 @@ def test_vocabularies_are_the_same_or_refused_by_name():
     shared = lambda a, b: distil.shared_vocabulary(configs[0], a, configs[1], b)  # noqa: E731
     assert shared(Words("a", "b", "c"), Words("a", "b", "c")) == 4
     assert shared(Words("a", "b", "c", "d", "e"), Words("a", "b", "c", "d")) == 4
-    with pytest.raises(ValueError, match="id 2 is 'c' for the teacher and None for the student"):
+    with pytest.raises(ValueError, match="id 2 is 'c' for the teacher and None for the model"):
         shared(Words("a", "b"), Words("a", "b", "c"))
-    with pytest.raises(ValueError, match="2 of 4 ids: id 1 is 'c' for the teacher and 'b' for the student"):
+    with pytest.raises(ValueError, match="2 of 4 ids: id 1 is 'c' for the teacher and 'b' for the model"):
         shared(Words("a", "b", "c"), Words("a", "c", "b"))
