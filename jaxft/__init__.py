@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxft.model import load_adapter as load_adapter
     from jaxft.model import save_adapter as save_adapter
     from jaxft.model import save_hf as save_hf
+    from jaxft.scoring import reward_model as reward_model
     from jaxft.vocabulary import grow as grow
 
 # public name -> the module that holds it
@@ -41,6 +42,7 @@ _NAMES = {
     "load_adapter": "jaxft.model",
     "save_adapter": "jaxft.model",
     "save_hf": "jaxft.model",
+    "reward_model": "jaxft.scoring",
 }
 _ROOMS = (
     "core",

@@ -43,6 +43,8 @@ class ModelSection:
     """Tokens to add to the vocabulary; their rows begin at the mean of the others, and trainable_tokens trains them."""
     vocab_multiple: int = 1
     """With new tokens, the embedding's rows are padded to a multiple of this."""
+    pad_token: str | None = None
+    """Token that fills up rows. Default: the tokenizer's own. A reward model needs one that no text ends in."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto chooses by platform and case."""
 

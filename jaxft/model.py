@@ -35,7 +35,8 @@ from jaxft.sharding import rules
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A causal language model. Functions take its parameters as an argument: adapted ones fit as well."""
+    """A causal language model, or one that scores sequences. Functions take its parameters as an argument: adapted ones
+    fit as well."""
 
     config: ModelConfig
     params: tree.Params = field(repr=False)
@@ -90,6 +91,32 @@ class Model:
         *wide, index_BT = score.make_room(np.asarray(tokens_BT), np.asarray(segments_BT), reserved)
         return jnp.take_along_axis(_logprobs(self.config, params, *wide), index_BT, axis=1)[:, 1:]
 
+    def rewards(
+        self, params: tree.Params, tokens_BT: Any, segments_BT: Any = None, *, adapters: Sequence[int] | None = None
+    ) -> jax.Array:
+        """What a reward model says of sequences, at the last token of each.
+
+        Without ``segments``: float32[B], of int32[B, T] rows of one sequence each, which ends at the last token that is
+        not the config's padding, as in `transformers`. With ``segments`` int32[B, T], several sequences a row (numbered
+        from 1; 0 is padding): float32[B, S], S being the largest number, and 0 where a row has no such sequence.
+        ``adapters``: as of `logprobs`. Raises ValueError for a model that is no reward model (`jaxft.reward_model`)."""
+        params = params if adapters is None else many.for_rows(params, adapters)
+        tokens_BT, index_BT = np.asarray(tokens_BT, np.int32), None
+        if segments_BT is None:
+            real_BT = tokens_BT != self.raw.get("pad_token_id")
+            last_B = np.max(np.where(real_BT, np.arange(tokens_BT.shape[1]), 0), axis=1)
+            said_BT = _rewards(self.config, params, tokens_BT, None)
+            return jnp.take_along_axis(said_BT, last_B[:, None], axis=1)[:, 0]
+        segments_BT = np.asarray(segments_BT, np.int32)
+        numbers_S = np.arange(1, int(segments_BT.max(initial=0)) + 1)
+        held_BST = segments_BT[:, None] == numbers_S[:, None]
+        last_BS = np.max(np.where(held_BST, np.arange(tokens_BT.shape[1]), -1), axis=2, initial=-1)
+        if reserved := slots.prompt_length(params):
+            tokens_BT, segments_BT, index_BT = score.make_room(tokens_BT, segments_BT, reserved)
+        said_BT = _rewards(self.config, params, tokens_BT, segments_BT)
+        said_BT = said_BT if index_BT is None else jnp.take_along_axis(said_BT, index_BT, axis=1)
+        return jnp.where(last_BS < 0, 0.0, jnp.take_along_axis(said_BT, np.maximum(last_BS, 0), axis=1))
+
     def generate(
         self,
         params: tree.Params,
@@ -130,6 +157,13 @@ class Model:
 def _logprobs(config: ModelConfig, params: tree.Params, tokens_BT: jax.Array, segments_BT: jax.Array | None):
     batch = {"tokens": tokens_BT} | ({} if segments_BT is None else {"segments": segments_BT})
     return score.make_score(config, dtype=params["embed"]["tokens"].dtype)("policy", params, batch)["logp"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rewards(config: ModelConfig, params: tree.Params, tokens_BT: Any, segments_BT: Any) -> jax.Array:
+    batch = {"tokens": tokens_BT} | ({} if segments_BT is None else {"segments": segments_BT})
+    found = score.make_score(config, (score.REWARD,), dtype=params["embed"]["tokens"].dtype)
+    return found("policy", params, batch)[score.REWARD]
 
 
 def load(
@@ -243,5 +277,6 @@ def save_adapter(
 def load_adapter(model: Model, source: str | os.PathLike[str], *, revision: str | None = None) -> tree.Params:
     """The model's parameters with an adapter on them, made by `peft` or by us: a directory or a hub id.
 
-    The base's buffers are shared. Raises AdapterError or CheckpointError naming what does not fit."""
+    The base's buffers are shared. An adapter of a reward model wants one: ``jaxft.reward_model(model, init="zeros")``,
+    whose head it brings. Raises AdapterError or CheckpointError naming what does not fit."""
     return store.load(model.params, model.names, model.config.num_layers, hub.directory(source, revision))

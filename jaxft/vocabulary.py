@@ -42,6 +42,22 @@ def with_tokenizer(model: Model, tokenizer: Any, multiple: int = 1) -> Model:
     )
 
 
+def padded_with(model: Model, token: str | None) -> Model:
+    """The model whose tokenizer fills up with ``token``; as it is for None. Raises ValueError for an unknown one."""
+    if token is None or model.tokenizer is None:
+        return model
+    if token not in model.tokenizer.get_vocab():
+        raise ValueError(
+            f"model.pad_token: got {token!r}; expected a token of the vocabulary: name it in model.new_tokens too, or "
+            "take one that no text holds"
+        )
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.pad_token = token
+    return dataclasses.replace(
+        model, own_tokenizer=tokenizer, raw={**model.raw, "pad_token_id": tokenizer.pad_token_id}
+    )
+
+
 def add(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
     """Adds tokens to a tokenizer in place; their ids. Raises ValueError for one that it has."""
     known = tokenizer.get_vocab()

@@ -41,6 +41,7 @@ TOP = {
     "report",
     "run",
     "run_dir",
+    "scoring",
     "testing",
     "vocabulary",
 }

@@ -36,7 +36,7 @@ DTYPES: dict[str, Any] = {name: np.dtype(name) for name in ("float32", "float16"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
 Packer = Callable[[jax.Array], Weight]
 CONVERT = (
-    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    'python -c "from transformers import {2} as M, AutoTokenizer as T; '
     "d, o = '{0}', '{1}-safetensors'; M.from_pretrained(d, dtype='auto').save_pretrained(o); "
     'T.from_pretrained(d).save_pretrained(o)"'
 )
@@ -194,15 +194,21 @@ def _no_weights(directory: Path) -> CheckpointError:
     if pickles:
         remedy = (
             "A pickle runs code when it is opened and cannot be read piece by piece. Convert it once, where torch is "
-            f"installed, and load the result: {CONVERT.format(directory, directory)}"
+            f"installed, and load the result: {CONVERT.format(directory, directory, _auto(directory))}"
         )
         return CheckpointError(directory, f"only pickled weights ({some(pickles)})", expected, remedy)
     for path in sorted(directory.glob("*.gguf")):
         return hub.gguf(path)
     held = some(sorted(p.name for p in directory.iterdir()))
     remedy = "The download is not complete, or the hub repository has only pickled weights (*.bin): "
-    remedy += f"convert those, where torch is installed, with {CONVERT.format('ORG/NAME', 'NAME')}"
+    remedy += f"convert those, where torch is installed, with {CONVERT.format('ORG/NAME', 'NAME', _auto(directory))}"
     return CheckpointError(directory, f"no weights (it holds {held})", expected, remedy)
+
+
+def _auto(directory: Path) -> str:
+    """The class of `transformers` that loads the directory with its head."""
+    classifies = families.labels(config_of(directory)) > 0
+    return "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
 
 
 def dtype_named(name: str) -> Any:

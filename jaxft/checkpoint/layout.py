@@ -18,6 +18,7 @@ from jaxft.models.config import ModelConfig
 # Constants that some versions of the checkpoints' own code saved beside the weights.
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w*inv_freq|(attn|attention)\.(bias|masked_bias))$")
 HEADS = ("lm_head.weight", "embed_out.weight")  # what a tied head is called where it was saved all the same
+SCORE = "score"  # module of the head that scores sequences
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def match(expected: tuple[Entry, ...], found: dict[str, Tensor], tied: bool, whe
     tensors = {name: t for name, t in tensors.items() if not BUFFERS.search(name)}
     missing = [name for name in wanted if name not in tensors]
     extra = [t.name for name, t in tensors.items() if name not in wanted and not (tied and name in HEADS)]
+    scores = f"{SCORE}.weight" in wanted
     if missing:
         raise CheckpointError(
             where,
@@ -100,7 +102,8 @@ def match(expected: tuple[Entry, ...], found: dict[str, Tensor], tied: bool, whe
     if extra:
         remedy = (
             "Nothing here uses them, so the model would not be the one that was saved. If they do not matter, load and "
-            "save the checkpoint once with transformers' AutoModelForCausalLM, which drops them."
+            "save the checkpoint once with transformers' "
+            f"{'AutoModelForSequenceClassification' if scores else 'AutoModelForCausalLM'}, which drops them."
         )
         raise CheckpointError(where, f"unused tensors {some(extra)}", "only tensors of this architecture", remedy)
     for name, tensor in tensors.items():
@@ -116,6 +119,11 @@ def _prefix(expected: tuple[Entry, ...], found: dict[str, Tensor]) -> str:
 
 
 def _missing_remedy(missing: list[str]) -> str:
+    if missing == [f"{SCORE}.weight"]:
+        return (
+            "config.json says that it scores sequences (architectures), and the files hold a model without that head. "
+            "If it is a language model, correct architectures; jaxft.reward_model then gives it a head to train."
+        )
     if all(name in HEADS for name in missing):
         return (
             "The checkpoint seems to hold the base model without its head. If the head is the embedding, set "
@@ -130,6 +138,8 @@ def _verify(tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise CheckpointError(tensor.where, f"dtype {tensor.dtype}", f"one of {', '.join(FLOATS)}", remedy)
     if tensor.shape not in (shape, shape[::-1] if tensor.packed else shape):
         remedy = "config.json and the weights disagree: correct the field it comes from"
-        if tensor.shape[1:] == shape[1:] and len(shape) == 2:
+        if tensor.name.rpartition(".")[0].endswith(SCORE):
+            remedy += f' ("id2label" with an entry for each of the {tensor.shape[0]} outputs)'
+        elif tensor.shape[1:] == shape[1:] and len(shape) == 2:
             remedy += f' (an embedding or head of {tensor.shape[0]} rows wants "vocab_size": {tensor.shape[0]})'
         raise CheckpointError(tensor.where, f"shape {list(tensor.shape)}", f"{list(shape)}", remedy + ".")

@@ -255,6 +255,8 @@ def config_of(model: Loaded, dtype: str) -> dict[str, Any]:
     raw["vocab_size"] = embedding.shape[0]
     if isinstance(embedding, Untied):
         raw["tie_word_embeddings"] = False
+    if model.config.labels:  # its config says so already: it was read from one, or made by jaxft.reward_model
+        return raw
     named = [name for name in raw.get("architectures") or () if name.endswith(("ForCausalLM", "LMHeadModel"))]
     if not named and model.config.family in ARCHITECTURES:
         raw["architectures"] = [ARCHITECTURES[model.config.family]]
@@ -272,7 +274,7 @@ def _write_rest(
         plain = [p.name for p in pieces if p.form is None and len(p.shape) == 2]
         raw["quantization_config"] = forms[0].config([p.name for p in pieces if p.form is not None], plain, dtype)
     _write_json(work / "config.json", raw)
-    if source is not None and (source / "generation_config.json").is_file():
+    if source is not None and (source / "generation_config.json").is_file() and not model.config.labels:
         shutil.copyfile(source / "generation_config.json", work / "generation_config.json")
     if own_tokenizer is not None:
         own_tokenizer.save_pretrained(work)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft import data
+from jaxft.border.errors import ConfigError
 from jaxft.cli import assemble
 from jaxft.config import RunConfig
 from jaxft.core import tree
@@ -22,7 +23,9 @@ FILE = "samples.jsonl"
 
 def chosen(config: RunConfig, held_out: Examples | None, form: str, base: Model) -> list[Prompt]:
     """The first held-out prompts that fit the model's positions, as many as the evaluation asks for."""
-    wanted = max(config.eval.samples, config.eval.exact_match)
+    if base.config.labels and config.eval.exact_match:
+        raise ConfigError("`eval.exact_match`: a reward model answers nothing; leave it out")
+    wanted = 0 if base.config.labels else max(config.eval.samples, config.eval.exact_match)
     if held_out is None or wanted == 0:
         return []
     found = data.prompts(held_out.source_rows()[:wanted], form, config.data, base.tokenizer)

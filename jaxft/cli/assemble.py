@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxft import data, peft, vocabulary
 from jaxft import model as model_
+from jaxft.cli import heads
 from jaxft.config import RunConfig
 from jaxft.core import hooks as hooks_
 from jaxft.core import tree
@@ -78,6 +79,7 @@ def model(config: RunConfig, mesh: Mesh | None) -> Model:
         found = vocabulary.grow(found, section.new_tokens, section.vocab_multiple)
         if mesh is not None:
             found = dataclasses.replace(found, params=jax.device_put(found.params, rules.shardings(found.params, mesh)))
+    found = heads.fitted(config, vocabulary.padded_with(found, section.pad_token), mesh)
     data.install(found.tokenizer, config.data.template)
     return dataclasses.replace(found, own_tokenizer=found.tokenizer)
 

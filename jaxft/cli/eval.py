@@ -8,7 +8,9 @@ import argparse
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from rich.table import Table
 
 from jaxft import data
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, precision, summary, target
+from jaxft.cli import answers, assemble, heads, precision, summary, target
 from jaxft.cli import others as others_
 from jaxft.cli.target import Target
 from jaxft.config import RunConfig
@@ -28,7 +30,7 @@ from jaxft.data.retold import Retold
 from jaxft.model import Model
 from jaxft.models import slots
 from jaxft.models.decoder import Execution
-from jaxft.objectives import OBJECTIVES
+from jaxft.objectives import OBJECTIVES, calibration
 from jaxft.rollout import replies
 from jaxft.rollout.replies import Reply
 from jaxft.sharding import mesh as mesh_
@@ -69,11 +71,13 @@ def command(args: argparse.Namespace) -> int:
         raise ConfigError("say on which data: data.path=rows.jsonl")
     mesh = assemble.devices(config)
     model, params = target.load(found, mesh)
+    heads.refuse_scorer(config, model)
     how = assemble.execution(dataclasses.replace(config, train=dataclasses.replace(config.train, unroll="never")), mesh)
     examples, form, source = held_out(
         config.data, model, OBJECTIVES[config.objective.name].rows, slots.prompt_length(params)
     )
-    values = losses(config, model, params, examples, how)
+    measured = losses(config, model, params, examples, how)
+    values, table = evaluate.summary(measured), reliability(measured)
     said = _replies(found, model, params, examples, form, how, args.limit, args.shots)
     if said:
         values["exact_match"] = sum(reply.exact for reply in said) / len(said)
@@ -81,10 +85,12 @@ def command(args: argparse.Namespace) -> int:
         answers.write(args.replies, 0, said, model.tokenizer)
     products = precision.products(found, examples, how) if args.products else []
     if args.json:
-        told = {"products": {row.module: row.error for row in products}} if products else {}
+        told: dict[str, Any] = {"products": {row.module: row.error for row in products}} if products else {}
+        told |= {"reliability": table} if table else {}
         print(json.dumps({"data": source, "examples": len(examples), "replies": len(said), **values, **told}))
     else:
         _show(source, examples, values, said, args.samples)
+        _show_reliability(table)
     if products and not args.json:
         precision.show_products(products)
     return 0
@@ -113,11 +119,9 @@ def held_out(config: DataConfig, model: Model, rows: str = "tokens", reserved: i
     return prepared.train, prepared.format, str(config.path)
 
 
-def losses(
-    config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution
-) -> dict[str, float]:
-    """Loss, metrics of the objective, perplexity: means over all target tokens. The reference, where there is one, is
-    the model without the adapter, unless the config names another."""
+def losses(config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution) -> dict[str, Any]:
+    """The objective's terms, metrics and tables, for `evaluate.summary`: means over all target tokens, pairs or steps.
+    The reference, where there is one, is the model without the adapter, unless the config names another."""
     config = others_.live(config)
     objective, chosen = OBJECTIVES[config.objective.name], config.objective.value
     asked = objective.asked(chosen)
@@ -135,9 +139,18 @@ def losses(
         mismatched="kl" in asked.asides, beside=retold,
     )  # fmt: skip
     frozen = step.Models(jax.tree.map(lambda leaf: None, params), others_.handed_over(others, False))
-    measured = evaluate.held_out(eval_step, frozen, batches, mesh_.placer(how.mesh), config.eval)
+    measured = evaluate.measure(eval_step, frozen, batches, mesh_.placer(how.mesh), config.eval)
     begun = TrainState(jnp.int32(0), params, None, None, objective.carry(chosen), None, jax.random.key(0))
-    return dict(measured(0, begun))
+    return measured(begun)
+
+
+def reliability(measured: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The reliability table, a row for each bin that something falls in; empty for an objective that has none."""
+    if calibration.SHARE not in measured:
+        return []
+    rows = zip(*(measured[name] for name in calibration.TABLE), strict=True)
+    names = [name.rpartition("/")[2] for name in calibration.TABLE]
+    return [dict(zip(names, map(float, row), strict=True)) for row in rows if row[0] > 0]
 
 
 def _replies(
@@ -150,8 +163,10 @@ def _replies(
     limit: int | None,
     shots: int,
 ) -> list[Reply]:
-    """Greedy replies to the data's prompts; none where the data are plain text."""
+    """Greedy replies to the data's prompts; none where the data are plain text, or the model scores."""
     config = found.config
+    if model.config.labels:
+        return []
     rows = [] if limit == 0 else examples.source_rows()[:limit]
     prompts = data.prompts(rows, form, config.data, model.tokenizer, _shots(config.data, shots))
     greedy = dataclasses.replace(config.generate, temperature=0.0)
@@ -183,3 +198,14 @@ def _show(source: str, examples: Examples, values: dict[str, float], said: list[
         for reply in said[:samples]:
             shown.add_row(reply.prompt.text.strip(), reply.text, reply.prompt.answer, "yes" if reply.exact else "no")
         console.print(shown)
+
+
+def _show_reliability(rows: list[dict[str, float]]) -> None:
+    """How often what was said with a probability was so."""
+    if rows:
+        table = Table(
+            "share", "predicted", "observed", title="how reliable its probabilities are", title_justify="left"
+        )
+        for row in rows:
+            table.add_row(*(f"{value:.1%}" for value in row.values()))
+        Console(highlight=False, markup=False).print(table)

@@ -15,7 +15,7 @@ from jaxft.border import check
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state as disk
 from jaxft.checkpoint.state import Record
-from jaxft.cli import assemble
+from jaxft.cli import assemble, heads
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.core.weight import Weight
@@ -74,6 +74,7 @@ def material(config: RunConfig, base: Model) -> Material:
     """Reads and tokenises the data."""
     rows, reserved = OBJECTIVES[config.objective.name].rows, assemble.virtual(config).get("prompt", 0)
     prepared = data.prepare(config.data, base.tokenizer, rows, reserved)
+    heads.check_ends(config, prepared)
     train, held_out = assemble.loaders(config, prepared)
     return Material(prepared, train, held_out, loop.total_steps(config.train, train.batches_per_epoch))
 

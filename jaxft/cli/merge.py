@@ -42,5 +42,6 @@ def command(args: argparse.Namespace) -> int:
         precision.show_merged(rows, args.packed)
         report = {"total": precision.shares(*rows), "layers": {row.module: precision.shares(row) for row in rows}}
         (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"Wrote {folder}. Load it with AutoModelForCausalLM.from_pretrained({str(args.out)!r}).")
+    auto = "AutoModelForSequenceClassification" if model.config.labels else "AutoModelForCausalLM"
+    print(f"Wrote {folder}. Load it with {auto}.from_pretrained({str(args.out)!r}).")
     return 0

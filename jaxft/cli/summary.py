@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxft.cli import answers, assemble
+from jaxft.cli import answers, assemble, heads
 from jaxft.config import RunConfig
 from jaxft.training.loop import Result
 
 SHOWN = (
     "loss", "perplexity", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "divergence",
-    "teacher_agreement", "exact_match",
+    "teacher_agreement", "exact_match", "accuracy", "margin", "brier", "calibration_error",
 )  # fmt: skip
-SHARES = ("exact_match", "mean_token_accuracy", "rewards/accuracies", "teacher_agreement")
+SHARES = ("exact_match", "mean_token_accuracy", "rewards/accuracies", "teacher_agreement", "accuracy")
 
 
 def show(console: Console, config: RunConfig, result: Result, folder: Path, written: Path) -> None:
@@ -27,10 +27,9 @@ def show(console: Console, config: RunConfig, result: Result, folder: Path, writ
     size = sum(file.stat().st_size for file in written.glob("*.safetensors"))
     kind = "adapter" if (written / "adapter_config.json").exists() else "model"
     console.print(f"\n{result.reason} after {result.step:,} steps. The {kind}: {written} ({size / 1e6:.2f} MB)")
-    following = [
-        f"  jaxft chat {folder}                      talk with it",
-        f"  jaxft eval {folder} data.path=<rows>     loss and exact match on other rows",
-    ]
+    following = [f"  jaxft chat {folder}                      talk with it"] if not heads.scores(config) else []
+    measured = "accuracy and calibration" if heads.scores(config) else "loss and exact match"
+    following += [f"  jaxft eval {folder} data.path=<rows>     {measured} on other rows"]
     if not assemble.virtual(config):  # a prompt is part of no weight
         following += [f"  jaxft merge {folder} --out <folder>      a model for transformers or vLLM"]
     console.print("\n".join(["Next:", *following]), markup=False, soft_wrap=True)

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from jaxft import config as config_
 from jaxft import model as model_
-from jaxft import recipes, run_dir, vocabulary
+from jaxft import recipes, run_dir, scoring, vocabulary
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import tokenizer
+from jaxft.cli import heads
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.model import Model
@@ -115,6 +116,14 @@ def refuse_sweep(folder: Path) -> None:
         raise ConfigError(f"{folder}: a sweep of several runs; say which of them:\n{every}")
 
 
+def _scoring(found: Target, model: Model, mesh: Mesh | None) -> Model:
+    """The model with the head that its adapter, or the objective, is for."""
+    if heads.scores(found.config):
+        return heads.fitted(found.config, model, mesh)
+    adapts = found.adapter is not None and disk.read_config(found.adapter).get("task_type") == "SEQ_CLS"
+    return heads.placed(scoring.reward_model(model, init="zeros"), mesh) if adapts else model
+
+
 def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:
     """The model, and its parameters with the adapter on them; on a mesh if there is one."""
     section = found.config.model
@@ -129,5 +138,6 @@ def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:
         model = vocabulary.with_tokenizer(model, brought, section.vocab_multiple)
     elif section.new_tokens:
         model = vocabulary.grow(model, section.new_tokens, section.vocab_multiple)
+    model = _scoring(found, vocabulary.padded_with(model, section.pad_token), mesh)
     params = model.params if found.adapter is None else model_.load_adapter(model, found.adapter)
     return model, params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))

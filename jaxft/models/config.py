@@ -24,7 +24,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a causal decoder."""
+    """Architecture of a causal decoder, with a head over the vocabulary or one that scores sequences."""
 
     family: str
     """Name of the family file, Hugging Face's model_type."""
@@ -77,6 +77,8 @@ class ModelConfig:
     """Multiplier of the logits (granite divides by logits_scaling)."""
     tie_embeddings: bool = False
     """Whether the head is the token embedding."""
+    labels: int = 0
+    """Outputs of the head that scores a sequence, in the place of the one over the vocabulary; 0: a language model."""
 
     @property
     def num_layers(self) -> int:

@@ -28,8 +28,28 @@ ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
 
 
 def head_of(config: ModelConfig, params: tree.Params) -> Any:
-    """The weight that `logits` reads: the head [D, V], or the token embedding [V, D] of a tied model."""
+    """The weight that `logits` reads: the head [D, V], or the token embedding [V, D] of a tied model.
+
+    Raises ValueError for a model that scores sequences and has no such head."""
+    if config.labels:
+        raise ValueError(
+            f"got a model that scores sequences ({config.labels} outputs a token), which has no log-probabilities and "
+            "says nothing; expected a language model: give the one it was made from"
+        )
     return params["embed"]["tokens"] if config.tie_embeddings else params["head"]
+
+
+def rewards(config: ModelConfig, params: tree.Params, x: jax.Array) -> jax.Array:
+    """Hidden states [..., D] to the scalar that a reward model says at each, float32[...].
+
+    The product runs in the dtype of x, as in `transformers`. Raises ValueError for a model without such a head."""
+    if config.labels != 1:
+        kind = f"a classifier of {config.labels} labels" if config.labels else "a language model"
+        raise ValueError(
+            f"got {kind}; expected a reward model, with one output: jaxft.reward_model makes one of a language model "
+            "(objective.name=reward trains it)"
+        )
+    return (x @ params["score"])[..., 0].astype(jnp.float32)
 
 
 def logits(config: ModelConfig, head: Any, x: jax.Array) -> jax.Array:

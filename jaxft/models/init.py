@@ -22,6 +22,7 @@ def shapes(config: ModelConfig, names: Names) -> dict[str, tuple[int, ...]]:
     q_norm, k_norm = ((h,), (h,)) if config.qk_norm == "head" else ((n,), (k,))
     single = {
         "embed/tokens": (v, d), "embed/positions": (config.max_positions, d), "head": (d, v), "final_norm": (d,),
+        "score": (d, config.labels),
         "layers/attn/q": (d, n), "layers/attn/k": (d, k), "layers/attn/v": (d, k), "layers/attn/o": (n, d),
         "layers/attn/qkv": (d, n + 2 * k), "layers/attn/q_norm": q_norm, "layers/attn/k_norm": k_norm,
         "layers/mlp/gate": (d, f), "layers/mlp/up": (d, f), "layers/mlp/gate_up": (d, 2 * f), "layers/mlp/down": (f, d),

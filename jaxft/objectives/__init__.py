@@ -4,13 +4,15 @@
 `preference.LOSSES` are the losses of pairs of completions as plain functions.
 """
 
-from jaxft.objectives import bco, cpo, distil, dpo, kto, orpo, preference, sft
+from jaxft.objectives import bco, cpo, distil, dpo, kto, orpo, preference, prm, reward, sft
 from jaxft.objectives.bco import BCO
 from jaxft.objectives.cpo import CPO, SimPO
 from jaxft.objectives.distil import Distil
 from jaxft.objectives.dpo import DPO
 from jaxft.objectives.kto import KTO
 from jaxft.objectives.orpo import ORPO
+from jaxft.objectives.prm import PRM
+from jaxft.objectives.reward import Reward
 from jaxft.objectives.sft import SFT
 from jaxft.objectives.terms import Mean, Objective
 
@@ -33,11 +35,14 @@ OBJECTIVES: dict[str, Objective] = {
         config=BCO, fn=bco.bco, reports=_REPORTS, views=("policy", "reference"), rows="labelled",
         annotate=bco.annotate, carry=bco.begin,
     ),
+    "reward": Objective(config=Reward, fn=reward.reward, needs=("reward",), rows="pairs", examine=reward.examine),
+    "prm": Objective(config=PRM, fn=prm.prm, needs=("reward",), rows="steps", examine=prm.examine),
     "distil": Objective(
         config=Distil, fn=distil.distil, needs=distil.needs, reports=distil.reports, views=distil.views,
     ),
 }  # fmt: skip
 
 __all__ = [
-    "BCO", "CPO", "DPO", "KTO", "OBJECTIVES", "ORPO", "SFT", "Distil", "Mean", "Objective", "SimPO", "preference",
+    "BCO", "CPO", "DPO", "KTO", "OBJECTIVES", "ORPO", "PRM", "SFT", "Distil", "Mean", "Objective",
+    "Reward", "SimPO", "preference",
 ]  # fmt: skip

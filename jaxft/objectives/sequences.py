@@ -39,6 +39,14 @@ def lengths(batch: Batch) -> jax.Array:
     return sums(jnp.ones(batch["loss_mask"].shape, jnp.float32), batch)
 
 
+def at_end(x: jax.Array, batch: Batch) -> jax.Array:
+    """``x`` float32[B, T] at the last token of each sequence: float32[B, S]; 0 where there is none."""
+    segments, exists = batch["segments"], batch["sequence_mask"]
+    last = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    found = terms.by_sequence(x, last & (segments > 0), segments, exists.shape[1])
+    return jnp.where(exists, found, jnp.zeros_like(found))
+
+
 def of_token(x: jax.Array, batch: Batch) -> jax.Array:
     """What each token's sequence has in ``x`` [B, S]: [B, T]. Padding has what the first sequence has."""
     return jnp.take_along_axis(x, jnp.maximum(batch["segments"] - 1, 0), axis=1)

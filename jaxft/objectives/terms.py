@@ -81,6 +81,8 @@ class Objective(Generic[C]):
     """Whether ``annotate`` is asked with these settings: before a step in parts it costs a pass over the batch."""
     carry: Callable[[C], Carry] = _nothing
     """The running quantities before the first step: float32 scalars."""
+    examine: Callable[[C, Scores, Batch, Carry], Means] | None = None
+    """What an evaluation asks for besides: sums, arrays of them too, as ``fn`` returns its metrics."""
     follow: Callable[[C], Follow | None] = _still
     """How the reference moves; None: it does not."""
 

@@ -48,6 +48,7 @@ from jaxft.peft import (
     tokens_hf,
     trainable_tokens,
     vera,
+    whole,
 )
 from jaxft.peft.adalora import AdaLoRA
 from jaxft.peft.arithmetic import combine, scale
@@ -195,8 +196,8 @@ def adapt_for_training(
 ) -> tuple[tree.Params, tree.Params, tree.Params]:
     """(parameters, mask of what trains, default learning rate of each trained array): see `adapt`.
 
-    An array belongs to the first of the methods that trains it. Those of a frozen `Adapter` do not train: take the mask
-    from here, as `trainable_mask` cannot know."""
+    An array belongs to the first of the methods that trains it; the head of a reward model always trains, with the
+    last. Those of a frozen `Adapter` do not train: take the mask from here, as `trainable_mask` cannot know."""
     params, rates, frozen = model.params, dict[int, float](), set[int]()
     for i, config in enumerate(methods):
         row, mine = method_of(config), jax.random.fold_in(key, i)
@@ -213,6 +214,7 @@ def adapt_for_training(
             rates.setdefault(id(leaf), rate(config))
     patterns = [pattern for c in methods if (pattern := method_of(c).select(c)) is not None]
     patterns = [tree.PRESETS.get(pattern, pattern) for pattern in patterns]
+    params = whole.with_score(params, model.names, patterns)
     mask = tree.trainable_mask(params, "|".join(f"(?:{p})" for p in patterns) if patterns else None)
     mask = jax.tree.map(lambda p, m: m and id(p) not in frozen, params, mask)
     if not any(jax.tree.leaves(mask)):

@@ -77,7 +77,9 @@ class BiasedWeight(Affine):
 def adapt(params: tree.Params, names: Names, key: jax.Array, config: BitFit) -> tree.Params:
     """Trains the biases that ``config`` selects. Raises ValueError for targets that match nothing."""
     num_layers = tree.num_layers(params)
-    rows = tuple(n for n in names if (n.bias or n.kind in ("linear", "conv1d")) and n.path != places.HEAD)
+    rows = tuple(
+        n for n in names if (n.bias or n.kind in ("linear", "conv1d")) and n.path not in (places.HEAD, places.SCORE)
+    )
     chosen = config.targets
     if chosen is None and any(name.bias for name in rows):
         rows, chosen = tuple(name for name in rows if name.bias), ".*"

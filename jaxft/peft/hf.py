@@ -38,10 +38,17 @@ tags:
 
 A {method} adapter made with jaxft. Load it with `peft`:
 
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "this directory")
+    PeftModel.from_pretrained({auto}, "this directory")
 
-or with jaxft: `jaxft.load_adapter(jaxft.load(base), "this directory")`.
+or with jaxft: `jaxft.load_adapter({loaded}, "this directory")`.
 """
+LANGUAGE = {"auto": "AutoModelForCausalLM.from_pretrained(base)", "loaded": "jaxft.load(base)"}
+SCORING = {
+    "auto": "AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)",
+    "loaded": 'jaxft.reward_model(jaxft.load(base), init="zeros")',
+}
+CLASSIFIERS = {"score", "classifier"}
+"""What peft adds to ``modules_to_save`` of every SEQ_CLS adapter, whichever of them the model has."""
 
 
 def export(
@@ -86,7 +93,8 @@ def export(
             got = "an embedding trained whole beside a prompt"
             raise AdapterError(where, got, "the model's own, in which peft looks the tokens up")
         tensors = slot_formats.beside(tensors)
-    return config, tensors, README.format(base="{base}", method=method)
+    told = SCORING if places.SCORE in params else LANGUAGE
+    return config, tensors, README.format(base="{base}", method=method, **told)
 
 
 def _refuse_rest(where: object, params: tree.Params, written: list[Any]) -> None:
@@ -148,7 +156,12 @@ def restore(
     refuse_no_numbers(where, config)
     form.refuse(where, config)
     names = places.rows(names)
-    modules = tuple(config.get("modules_to_save") or ())
+    modules = tuple(dict.fromkeys(config.get("modules_to_save") or ()))
+    if config.get("task_type") == "SEQ_CLS":
+        if not any(name.path == places.SCORE for name in names):
+            remedy = 'Give the language model that head first: model = jaxft.reward_model(model, init="zeros").'
+            raise AdapterError(where, "an adapter of a model that scores sequences (SEQ_CLS)", "one of this", remedy)
+        modules = tuple(m for m in modules if m not in CLASSIFIERS - {places.SCORE})
     saved = targets.find_whole(names, num_layers, modules) if modules else []
     if isinstance(form, SlotFormat):
         slot_formats.rename(tensors)

@@ -12,26 +12,33 @@ from jaxft.core import tree
 from jaxft.core.names import Name, Names
 from jaxft.core.weight import Affine, Head, InPlace, Transposed, Untied, Weight
 
-TOKENS, HEAD = "embed/tokens", "head"
+TOKENS, HEAD, SCORE = "embed/tokens", "head", "score"
 
 
 def rows(names: Names) -> Names:
     """The names as peft sees them: with a row for the head, which a tied model's own names leave out.
 
-    The head's module is lm_head in every model; gpt_neox only stores its tensor as embed_out."""
-    if not any(name.path == TOKENS for name in names):
+    The head's module is lm_head in every model; gpt_neox only stores its tensor as embed_out. A model that scores
+    sequences has another head, and none over the vocabulary."""
+    paths = {name.path for name in names}
+    if TOKENS not in paths or SCORE in paths:
         return names
     return (*(name for name in names if name.path != HEAD), Name(HEAD, "lm_head", "linear"))
 
 
 def is_tied_head(params: tree.Params, name: Name) -> bool:
     """Whether this row is a head that the model computes with its embedding."""
-    return name.path == HEAD and HEAD not in params
+    return name.path == HEAD and tied(params)
+
+
+def tied(params: tree.Params) -> bool:
+    """Whether the model's head over the vocabulary is its embedding."""
+    return HEAD not in params and SCORE not in params
 
 
 def head_follows(params: tree.Params, name: Name, ensure_weight_tying: bool) -> bool | None:
     """Whether the head tied to this weight follows what is trained; None if no head is tied to it."""
-    if name.path != TOKENS or HEAD in params:
+    if name.path != TOKENS or not tied(params):
         return None
     tokens = tree.get(params, TOKENS)
     if isinstance(tokens, Untied):

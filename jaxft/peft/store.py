@@ -33,7 +33,6 @@ def save(
     changed: Collection[str] = (),
     new_tokens: Collection[int] = (),
     base_model_name_or_path: str | None = None,
-    task_type: str = "CAUSAL_LM",
     overwrite: bool = False,
 ) -> Path:
     """Writes all that ``params`` hold besides the base as a directory; returns its path.
@@ -58,7 +57,8 @@ def save(
         config, tensors = native.export(target, params, trained | other, methods)
         readme = native.README
     source = base_model_name_or_path
-    config |= {"base_model_name_or_path": source, "task_type": task_type, "inference_mode": True}
+    task = "SEQ_CLS" if places.SCORE in params else "CAUSAL_LM"
+    config |= {"base_model_name_or_path": source, "task_type": task, "inference_mode": True}
     if jax.process_index() == 0:
         disk.write(target, config, tensors, readme.format(base=source or ""))
     _meet("save: written")

@@ -73,7 +73,7 @@ def of_row(
 ) -> Target | None:
     """What ``targets`` selects of one row, by peft's rules; None for nothing."""
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    if name.kind not in kinds or (everything and (name.kind == "embedding" or name.path == "head")):
+    if name.kind not in kinds or (everything and (name.kind == "embedding" or name.path in ("head", "score"))):
         return None
     modules = name.modules(num_layers)
     hit = np.array([

@@ -30,7 +30,7 @@ def export_beside(where: object, params: tree.Params, names: Names) -> tuple[Fie
     if not found:
         return {}, {}, []
     ids = {name: _ids(w) for name, w in found}
-    tied = places.HEAD not in params and found[0][0].path == places.TOKENS and not found[0][1].tied
+    tied = places.tied(params) and found[0][0].path == places.TOKENS and not found[0][1].tied
     if tied and (len(found) == 1 or _ids(found[0][1]) == _ids(found[1][1])):
         got = "trained tokens of an embedding whose tied head has been replaced"
         raise AdapterError(where, got, "a head that follows them, or other tokens of its own")
@@ -96,7 +96,7 @@ def _restore(
     where: object, tensors: Tensors, params: tree.Params, rows: dict[str, Name], chosen: dict[str, Any], infix: str
 ) -> tree.Params:
     """Trains the tokens ``chosen`` by path; with equal ones, in one order, a tied head follows its embedding."""
-    tied = places.HEAD not in params
+    tied = places.tied(params)
     head = chosen.get(places.HEAD)
     follows = places.TOKENS in chosen and (head is None or list(head) == list(chosen[places.TOKENS]))
     for path, ids in chosen.items():

@@ -7,6 +7,7 @@ left out (``layers`` bool[L]): they have no copy.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,15 @@ def wrap(params: tree.Params, name: Name, tied: bool, layers: np.ndarray | None 
         return dataclasses.replace(outer, base=under(w.base)) if _adapts(w) else in_place(w, follows, layers)
 
     return tree.replace(params, name.path, under(old))
+
+
+def with_score(params: tree.Params, names: Names, patterns: Sequence[str]) -> tree.Params:
+    """Trains the head of a model that scores sequences, as peft does with every method: whole, unless it trains already
+    or one of the ``patterns`` of arrays that do is found in its path."""
+    found = [name for name in names if name.path == places.SCORE]
+    if not found or any(re.search(pattern, places.SCORE) for pattern in patterns):
+        return params
+    return params if held(params, found[0]) else wrap(params, found[0], False)
 
 
 def adapt_biases(params: tree.Params, names: Names, which: str, found: Sequence[targets.Target]) -> tree.Params:

@@ -2,7 +2,8 @@
 
 ``score(view, params, batch, key)`` runs the decoder and the chunked head and returns per-token values aligned with the
 tokens: ``logp[b, t]`` is the log-probability of ``tokens[b, t]`` given what precedes it in its document, 0 for a
-document's first token, for padding and for the positions of a prompt.
+document's first token, for padding and for the positions of a prompt. A reward model, whose head is another, has one
+score: ``reward[b, t]``, what it says of the document up to and with ``tokens[b, t]``.
 """
 
 import zlib
@@ -20,6 +21,7 @@ from jaxft.models.decoder import Execution
 from jaxft.objectives.terms import Batch
 
 Score = Callable[..., dict[str, jax.Array]]
+REWARD = "reward"
 
 
 def make_score(
@@ -57,9 +59,12 @@ def make_forward(
     def forward(params: tree.Params, batch: Batch, noise_BTD: jax.Array | None) -> dict[str, jax.Array]:
         params = tree.cast(params, dtype)
         hidden_BTD, _ = states(config, params, batch, noise_BTD, execution=execution)
-        head = heads.head_of(config, params)
-        out = heads.token_scores(config, head, hidden_BTD, predicted(batch["tokens"]), needs, execution.mesh)
-        return aligned(out, params, batch)
+        rewards = {REWARD: heads.rewards(config, params, hidden_BTD)} if REWARD in needs else {}
+        if needs == (REWARD,):
+            return rewards
+        head, said = heads.head_of(config, params), tuple(need for need in needs if need != REWARD)
+        out = heads.token_scores(config, head, hidden_BTD, predicted(batch["tokens"]), said, execution.mesh)
+        return aligned(out, params, batch) | rewards
 
     return forward
 

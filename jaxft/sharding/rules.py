@@ -25,6 +25,7 @@ LOGICAL: tuple[tuple[str, Axes], ...] = (
     (r"^embed/tokens$", ("vocab", "embed")),
     (r"^embed/positions$", (None, "embed")),
     (r"^head$", ("embed", "vocab")),
+    (r"^score$", ("embed", None)),
     (r"^layers/attn/(q|k|v|qkv)$", ("layers", "embed", "heads")),
     (r"^layers/attn/o$", ("layers", "heads", "embed")),
     (r"^layers/mlp/(gate|up|gate_up)$", ("layers", "embed", "mlp")),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxft.objectives import terms
+from jaxft.objectives import calibration, terms
 from jaxft.objectives.terms import Means
 from jaxft.training import prefetch
 from jaxft.training.config import EvalConfig
@@ -58,8 +58,9 @@ def measure(
 
 
 def summary(values: Mapping[str, Any]) -> dict[str, float]:
-    """``loss`` is the sum of its terms; ``perplexity`` is exp of ``nll``, where there is one."""
-    out = {name: float(value) for name, value in values.items()}
+    """``loss`` is the sum of its terms; ``perplexity`` is exp of ``nll``, where there is one, and the
+    ``calibration_error`` that of a reliability table."""
+    out = {name: float(value) for name, value in calibration.concluded(values).items()}
     parts = [name for name in out if name.startswith("loss/")]
     loss = sum(out[name] for name in parts)
     if len(parts) == 1:

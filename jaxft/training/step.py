@@ -204,7 +204,8 @@ def _mapped(objective: Objective, each: Each) -> Objective:
         return lambda config, *arrays: each(functools.partial(fn, config))(*arrays)
 
     annotate = None if objective.annotate is None else over(objective.annotate)
-    return dataclasses.replace(objective, fn=over(objective.fn), annotate=annotate)
+    examine = None if objective.examine is None else over(objective.examine)
+    return dataclasses.replace(objective, fn=over(objective.fn), annotate=annotate, examine=examine)
 
 
 def make_eval_step(objective: Objective, config: Any, score: Score, each: Each = alone) -> Callable[..., Means]:
@@ -232,6 +233,8 @@ def make_eval_step(objective: Objective, config: Any, score: Score, each: Each =
 
         def one(scores: Scores, micro: Batch) -> Means:
             losses, metrics = objective.fn(config, scores, micro, carry)
+            if objective.examine is not None:
+                metrics = metrics | objective.examine(config, scores, micro, carry)
             return {**{f"loss/{name}": mean for name, mean in losses.items()}, **metrics}
 
         return jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.vmap(one)(scores, dict(batch)))

@@ -4,11 +4,12 @@
 ``names(fields) -> Names``.
 """
 
+import dataclasses
 import difflib
 from types import ModuleType
 from typing import Any
 
-from jaxft.core.names import Names
+from jaxft.core.names import Name, Names
 from jaxft.models.config import ModelConfig
 from jaxft.models.families import (
     gemma2,
@@ -41,6 +42,8 @@ FAMILIES: dict[str, ModuleType] = {
     "smollm3": smollm3,
 }
 
+CLASSIFIER = "ForSequenceClassification"
+
 
 def read(raw: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, Names]:
     """A parsed config.json to (ModelConfig, Names).
@@ -58,7 +61,28 @@ def read(raw: dict[str, Any], where: str = "config.json") -> tuple[ModelConfig, 
     config, names = FAMILIES[kind].config(fields), FAMILIES[kind].names(fields)
     fields.finish()
     _refuse_impossible(config, where)
-    return config, names
+    count = labels(raw, where)
+    return scoring(config, names, count) if count else (config, names)
+
+
+def labels(raw: dict[str, Any], where: str = "config.json") -> int:
+    """Outputs of the head of a sequence classifier, as which a reward model is stored; 0: it is none.
+
+    Raises ValueError for a number that no head has."""
+    if not any(name.endswith(CLASSIFIER) for name in raw.get("architectures") or ()):
+        return 0
+    named = raw.get("id2label")
+    count = raw.get("num_labels", raw.get("_num_labels", 2)) if named is None else len(named)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"{where}: got {count!r} labels (id2label, num_labels); expected at least 1")
+    return count
+
+
+def scoring(config: ModelConfig, names: Names, labels: int) -> tuple[ModelConfig, Names]:
+    """The same decoder with a head ``score`` [D, labels] instead of that over the vocabulary."""
+    rows = tuple(name for name in names if name.path != "head")
+    config = dataclasses.replace(config, labels=labels, tie_embeddings=False)
+    return config, (*rows, Name("score", "score", "linear"))
 
 
 def _refuse_impossible(config: ModelConfig, where: str) -> None:
