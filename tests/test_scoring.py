@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ for _row, _length in enumerate(LENGTHS):
     TOKENS[_row, _length:] = PAD
 
 
-def classifier(name: str, labels: int = 1) -> torch.nn.Module:
+def classifier(name: str, labels: int = 1) -> Any:
     """A random classifier of `transformers`, every parameter off its initialisation."""
     torch.manual_seed(0)
     config = tiny.CONFIGS[name]()
@@ -54,7 +55,7 @@ def said(made, tokens=TOKENS) -> np.ndarray:
         return made(torch.as_tensor(tokens).long(), attention_mask=mask).logits[:, 0].float().numpy()
 
 
-def reload(folder: Path, **how) -> torch.nn.Module:
+def reload(folder: Path, **how: Any) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager", **how).eval()
 
 
@@ -181,7 +182,9 @@ def test_adapters_load_in_peft_and_come_back(method, speaker, tmp_path):
 def test_an_adapter_made_by_peft_loads_here(folder, model, tmp_path):
     """peft itself lists `classifier`, which llama has not, among the modules that it saves."""
     torch.manual_seed(1)
-    theirs = peft.get_peft_model(reload(folder), peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False))
+    theirs: Any = peft.get_peft_model(
+        reload(folder), peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
+    )
     with torch.no_grad():
         theirs.base_model.model.score.modules_to_save["default"].weight.mul_(-2)
     theirs.save_pretrained(tmp_path)

@@ -44,6 +44,9 @@ def load(found: Target) -> Speaker:
     if model.tokenizer is None:
         where = model.source or "the model"
         raise CheckpointError(where, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")
+    if model.config.labels:
+        got, remedy = "a model that scores sequences", "jaxft eval says how well it does."
+        raise CheckpointError(model.source or "the model", got, "a language model", remedy)
     data, tokenizer = found.config.data, model.tokenizer
     templated = data.template != "tokenizer" or bool(tokenizer.chat_template)
     render = template.renderer(tokenizer, data.template, data.template_options) if templated else None

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,12 @@ def trl(rewards, margin, coefficient):
     """(loss, gradient [PAIRS, 2], metrics) of trl's trainer on a model that says these rewards."""
     said = torch.tensor(rewards.T.reshape(-1, 1), requires_grad=True)  # all chosen before all rejected
 
-    def model(**_):
+    def said_by(**_):
         return SimpleNamespace(logits=said)
 
+    model: Any = said_by
     model.training = True
-    found = SimpleNamespace(
+    found: Any = SimpleNamespace(
         model=model,
         args=SimpleNamespace(center_rewards_coefficient=coefficient or None),
         accelerator=ACCELERATOR,
@@ -55,10 +57,10 @@ def trl(rewards, margin, coefficient):
     )
     inputs = {"attention_mask": torch.ones(2 * PAIRS, 3)}
     inputs |= {} if margin is None else {"margin": torch.tensor(margin)}
-    loss = RewardTrainer.compute_loss(found, model, inputs)
+    loss: Any = RewardTrainer.compute_loss(found, model, inputs)
     loss.backward()
     metrics = {name: float(np.mean(values)) for name, values in found._metrics["train"].items()}
-    return loss.item(), said.grad.numpy().reshape(2, PAIRS).T, metrics
+    return loss.item(), np.asarray(said.grad).reshape(2, PAIRS).T, metrics
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.3])
