@@ -1,6 +1,6 @@
-"""What fine-tuning learns from: chats, preference pairs, and prompts with verifiable answers.
+"""What fine-tuning learns from: chats, preference pairs, judged steps, and prompts with verifiable answers.
 
-The three draw from one side of the split each, so no held-out prompt is in any training file.
+All draw from one side of the split each, so no held-out prompt is in any training file.
 """
 
 import random
@@ -57,6 +57,21 @@ def preference(deck: Sequence[Task], rng: random.Random, *, held: bool) -> Row:
         worse = rng.choice(REFUSALS)
     better, worse_turn = _turns("", instance.answer)[1:], _turns("", worse)[1:]
     return {"prompt": _turns(tasklib.question(instance, rng)), "chosen": better, "rejected": worse_turn}
+
+
+def stepwise(deck: Sequence[Task], rng: random.Random, *, held: bool) -> Row:
+    """A question whose answer is a list, worked out item by item: a step is right if the answer can begin so."""
+    parts: list[str] = []
+    while len(set(parts)) < 2:
+        instance = tasklib.draw(rng.choice(deck), rng, held=held)
+        parts = instance.answer.split()
+    steps = list(parts)
+    if rng.random() < 0.65:
+        first = rng.choice([i for i in range(len(parts)) if set(parts[i + 1 :]) - {parts[i]}])
+        other = rng.choice([j for j in range(first + 1, len(parts)) if parts[j] != parts[first]])
+        steps[first], steps[other] = steps[other], steps[first]
+    labels = [steps[:n] == parts[:n] for n in range(1, len(parts) + 1)]
+    return {"prompt": _turns(tasklib.question(instance, rng)), "completions": steps, "labels": labels}
 
 
 def verifiable(deck: Sequence[Task], rng: random.Random, *, held: bool) -> Row:

@@ -11,6 +11,7 @@ disjoint from it and from the corpus, by instance (see task.py):
     quickstart_*.jsonl   {"messages"}: one question, one answer, of the tasks that the quickstart teaches
     chat_*.jsonl         {"messages"}: all tasks, one to three turns, some with greetings or a system prompt
     preference_*.jsonl   {"prompt", "chosen", "rejected"}: messages; rejected is wrong, wordy, or no answer
+    steps_*.jsonl        {"prompt", "completions", "labels"}: the items of a list, each a step, right up to the first slip
     prompts_*.jsonl      {"prompt", "answer", "task"}: messages; the completion, stripped, must equal answer
     domain_*.jsonl       {"text"}: the pilot's log, the second domain (sea.py)
     general_heldout.jsonl  {"text"}: documents like the corpus's, on held-out exercises: to measure forgetting
@@ -33,6 +34,7 @@ from scripts.tiny.tasks import QUICKSTART, TASKS
 CHUNK_BYTES = 1_000_000
 ALL = tuple(TASKS.values())
 QUICKSTART_TASKS = tuple(TASKS[name] for name in QUICKSTART)
+LISTS = tuple(TASKS[name] for name in ("sort_numbers", "reverse_words", "remove_word", "replace_word"))
 
 
 def corpus_chunk(seed: int, limit: int, index: int) -> str:
@@ -76,6 +78,7 @@ def asset_rows(scale: float = 1.0, seed: int = 0) -> dict[str, list[chats.Row]]:
         "quickstart": (functools.partial(chats.chat, QUICKSTART_TASKS), 5000, 480),
         "chat": (functools.partial(chats.conversation, ALL), 4000, 400),
         "preference": (functools.partial(chats.preference, ALL), 2500, 300),
+        "steps": (functools.partial(chats.stepwise, LISTS), 2500, 300),
         "prompts": (functools.partial(chats.verifiable, ALL), 4000, 620),
     }
     plan: dict[str, tuple[Callable[[random.Random], chats.Row], int]] = {}

@@ -132,7 +132,7 @@ def test_committed_sets_are_what_is_generated():
 
 
 def test_held_out_questions_are_in_no_training_set():
-    names = ("quickstart", "chat", "preference", "prompts")
+    names = ("quickstart", "chat", "preference", "steps", "prompts")
     trained = {question for name in names for row in committed(f"{name}_train") for question in asked(row)}
     for name in names:
         held = {question for row in committed(f"{name}_heldout") for question in asked(row)}
@@ -180,6 +180,22 @@ def test_rows_have_the_forms_that_training_reads():
         assert [turn["role"] for turn in row["prompt"] + row["chosen"]] == ["user", "assistant"]
         assert row["chosen"] != row["rejected"]
     assert {row["task"] for row in committed("prompts_train")} == set(TASKS)
+
+
+def test_steps_are_right_up_to_the_first_slip():
+    """Words in reverse order, which the question tells: of an answer with a slip, what comes before it is right."""
+    rows = [row for row in committed("steps_train") if "everse" in row["prompt"][0]["content"]]
+    slips = 0
+    for row in rows:
+        said = re.findall(r"[a-z]+", row["prompt"][0]["content"].partition(":")[2])[::-1]
+        count = len(row["completions"])
+        if len(said) == count:
+            right = [row["completions"][:n] == said[:n] for n in range(1, count + 1)]
+            assert row["labels"] == right and sorted(row["completions"]) == sorted(said)
+            slips += not all(right)
+    assert 100 < slips < 0.75 * len(rows)
+    every = [label for row in committed("steps_train") for label in row["labels"]]
+    assert 0.4 < sum(every) / len(every) < 0.75
 
 
 def test_tokenizer():
