@@ -11,7 +11,7 @@ disjoint from it and from the corpus, by instance (see task.py):
     quickstart_*.jsonl   {"messages"}: one question, one answer, of the tasks that the quickstart teaches
     chat_*.jsonl         {"messages"}: all tasks, one to three turns, some with greetings or a system prompt
     preference_*.jsonl   {"prompt", "chosen", "rejected"}: messages; rejected is wrong, wordy, or no answer
-    steps_*.jsonl        {"prompt", "completions", "labels"}: the items of a list, each a step, right up to the first slip
+    steps_*.jsonl        {"prompt", "completions", "labels"}: an answer item by item, right up to the first slip
     prompts_*.jsonl      {"prompt", "answer", "task"}: messages; the completion, stripped, must equal answer
     domain_*.jsonl       {"text"}: the pilot's log, the second domain (sea.py)
     general_heldout.jsonl  {"text"}: documents like the corpus's, on held-out exercises: to measure forgetting
