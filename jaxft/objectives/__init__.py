@@ -19,7 +19,7 @@ from jaxft.objectives.terms import Mean, Objective
 _REPORTS = ("correct", "entropy")
 
 OBJECTIVES: dict[str, Objective] = {
-    "sft": Objective(config=SFT, fn=sft.sft, needs=("logp",), reports=_REPORTS),
+    "sft": Objective(config=SFT, fn=sft.sft, needs=sft.needs, reports=_REPORTS, views=sft.views),
     "dpo": Objective(
         config=DPO, fn=dpo.dpo, needs=dpo.needs, reports=_REPORTS, views=dpo.views, rows="pairs",
         annotate=dpo.annotate, couples=dpo.couples, follow=dpo.follow,

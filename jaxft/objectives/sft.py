@@ -6,6 +6,10 @@ r"""Supervised fine-tuning: token-mean cross-entropy over the tokens that carry 
 The mean is over all target tokens of the optimiser step, whatever row, micro-batch or device they are in. ``dft``
 ("dynamic fine-tuning") rescales each token by its own probability, which cancels the inverse-probability weight that
 makes the gradient of cross-entropy a badly scaled policy gradient: Wu et al. 2025, eq. 9 (arXiv:2508.05629).
+
+``kl_to_start`` adds that times the mean over the same tokens of the divergence, over the whole vocabulary, from the
+model as the run began: learning without forgetting, Li & Hoiem 2016 (arXiv:1606.09282), with the recorded answers of
+the old model recomputed in each step.
 """
 
 from dataclasses import dataclass
@@ -24,6 +28,26 @@ class SFT:
 
     loss: Literal["nll", "dft"] = "nll"
     """Loss of one token: ``nll`` (cross-entropy) or ``dft`` (cross-entropy times the token's own probability)."""
+    kl_to_start: float = 0.0
+    """Weight of the divergence from the model as the run began, on the target tokens: what is learnt then costs less of
+    what it knew. 0: none; otherwise each step has one more forward pass."""
+    kl_divergence: Literal["forward_kl", "reverse_kl"] = "forward_kl"
+    """Of ``kl_to_start``: KL(start, policy) keeps all that the start would say, KL(policy, start) forbids what it would
+    not."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kl_to_start < float("inf"):
+            raise ValueError(f"objective.kl_to_start: got {self.kl_to_start}; expected a finite number, 0 or more")
+
+
+def needs(config: SFT) -> tuple[str, ...]:
+    """What is differentiated."""
+    return ("logp", "divergence") if config.kl_to_start else ("logp",)
+
+
+def views(config: SFT) -> tuple[str, ...]:
+    """The start is scored first: the policy is compared with what it said."""
+    return ("start", "policy") if config.kl_to_start else ("policy",)
 
 
 def token_loss(config: SFT, logp: jax.Array) -> jax.Array:
@@ -37,11 +61,13 @@ def sft(config: SFT, scores: Scores, batch: Batch, carry: Carry) -> tuple[Means,
     """Sums over target tokens; nats.
 
     Args:
-      scores: ``policy`` with ``logp`` float32[B, T], log p(tokens[t] | what precedes it in its document); if there,
-        ``correct`` (the most likely token was the right one) and ``entropy`` (nats), also [B, T].
+      scores: ``policy`` with ``logp`` float32[B, T], log p(tokens[t] | what precedes it in its document), and for
+        ``kl_to_start`` ``divergence`` (nats); if there, ``correct`` (the most likely token was the right one) and
+        ``entropy`` (nats), also [B, T].
       batch: ``loss_mask`` bool[B, T], True where the token is a target.
 
-    Returns the term ``sft`` and the metrics ``nll``, ``mean_token_accuracy`` and ``entropy``.
+    Returns the terms ``sft`` and ``kl_to_start`` (times its weight), and the metrics ``nll``, ``kl_to_start``,
+    ``mean_token_accuracy`` and ``entropy``.
     """
     del carry
     policy, targets_BT = scores["policy"], batch["loss_mask"]
@@ -51,4 +77,9 @@ def sft(config: SFT, scores: Scores, batch: Batch, carry: Carry) -> tuple[Means,
         metrics["mean_token_accuracy"] = terms.masked(policy["correct"].astype(jnp.float32), targets_BT)
     if "entropy" in policy:
         metrics["entropy"] = terms.masked(jax.lax.stop_gradient(policy["entropy"]), targets_BT)
-    return {"sft": terms.masked(token_loss(config, logp_BT), targets_BT)}, metrics
+    losses = {"sft": terms.masked(token_loss(config, logp_BT), targets_BT)}
+    if config.kl_to_start:
+        kl = terms.masked(policy["divergence"], targets_BT)
+        losses["kl_to_start"] = Mean(config.kl_to_start * kl.total, kl.weight)
+        metrics["kl_to_start"] = Mean(jax.lax.stop_gradient(kl.total), kl.weight)
+    return losses, metrics

@@ -66,7 +66,8 @@ class Objective(Generic[C]):
     reports: Named = ()
     """Names of scores turned into metrics where they are there."""
     views: Named = ("policy",)
-    """Parameter sets that are scored, in this order; ``reference`` is the trainable tree as the stage began."""
+    """Parameter sets that are scored, in this order; ``reference`` is the trainable tree as the stage began, ``start``
+    the same where the policy is to see all that it says, as that of a teacher."""
     rows: Literal["tokens", "pairs", "labelled", "steps"] = "tokens"
     """What a row of the batch holds: running text, pairs of a chosen and a rejected sequence, sequences with a label
     each, or sequences whose steps have one."""

@@ -134,8 +134,19 @@ class OptimConfig:
     """Whether the moments are kept in the host's pinned memory, and copied to the device and back inside each step.
     Never changes the result; saves 8 bytes a trained parameter (adamw), 2 with adamw_8bit."""
 
+    l2_start: float = 0.0
+    """Penalty for moving away from where the run began: half of this times the squared distance of all trained arrays
+    from their start (L2-SP). For adapters the distance is that of their factors."""
+    ewc: float = 0.0
+    """Elastic weight consolidation: as ``l2_start``, each parameter weighed by how much the likelihood of ``ewc_data``
+    depends on it, for a token; 1 weighs that text like the task's."""
+    ewc_data: str | tuple[str, ...] | None = None
+    """What must not be forgotten: text, or rows of any format, like ``data.path``. Not the set that measures it."""
+    ewc_examples: int = 256
+    """Documents of ``ewc_data`` that are looked at, one backward pass each, before the first step."""
+
     def __post_init__(self) -> None:
-        for field in ("lr", "warmup_steps", "weight_decay", "min_lr_ratio"):
+        for field in ("lr", "warmup_steps", "weight_decay", "min_lr_ratio", "l2_start", "ewc"):
             _refuse(self, "optim", field, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
         for field in ("warmup_ratio", "decay_ratio"):
             _refuse(self, "optim", field, lambda value: 0 <= value <= 1, "a share of the run, 0 to 1")
@@ -144,6 +155,10 @@ class OptimConfig:
         )
         for field in ("eps", "clip_norm"):
             _refuse(self, "optim", field, lambda value: value > 0, "a number above 0")
+        _refuse(self, "optim", "ewc_examples", lambda value: value >= 1, "at least 1")
+        if bool(self.ewc) != bool(self.ewc_data):
+            got = f"ewc={self.ewc} and ewc_data={self.ewc_data}"
+            raise ValueError(f"optim.ewc: got {got}; expected both: a strength, and the data not to be forgotten")
 
 
 def _refuse(section: Any, name: str, field: str, fine: Callable[[Any], bool], expected: str) -> None:

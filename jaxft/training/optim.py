@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.core import tree
-from jaxft.training import eight_bit, leafwise, paged, schedules
+from jaxft.training import eight_bit, leafwise, paged, penalties, schedules
 from jaxft.training.config import OptimConfig
 from jaxft.training.leafwise import Stacked
 
@@ -35,6 +35,8 @@ class Optimizer(NamedTuple):
     learning_rate: schedules.Schedule
     averaged: Callable[[optax.OptState, tree.Params], tree.Params]
     """``averaged(state, params)``: the parameters to evaluate and export (schedule-free's average; else ``params``)."""
+    penalty: penalties.Penalty | None = None
+    """What the step adds to gradients before it hands them to ``update``."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def make(
             return _scaled(updates, rate(step), factors), state
 
         made = Optimizer(direction.init, _kept(update), rate, lambda state, params: params)
+    made = made._replace(penalty=penalties.make(config))
     if not config.offload:
         return made
     alone = dataclasses.replace(config, offload=False, clip_norm=None, groups={})

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     trainable: tree.Params
     """float32 arrays with ``None`` where the base is frozen."""
     start: tree.Params | None
-    """``trainable`` as the stage began: the reference policy. None where the objective has no reference."""
+    """``trainable`` as the stage began: the reference policy, and where penalties pull to. None where nothing asks."""
     opt_state: Any
     carry: Mapping[str, jax.Array]
     """Running quantities of the objective."""
@@ -31,6 +31,8 @@ class TrainState(NamedTuple):
     """State of a fine-tuning method that changes itself during training; None for most."""
     key: jax.Array
     """The run's PRNG key. Constant: each step folds its number into it."""
+    fisher: tree.Params | None = None
+    """What elastic weight consolidation weighs each trainable number by; None without it."""
 
 
 def create(
@@ -41,30 +43,32 @@ def create(
     carry: Mapping[str, jax.Array] | None = None,
     method_state: Any = None,
     shardings: TrainState | None = None,
+    fisher: tree.Params | None = None,
 ) -> TrainState:
     """The state before the first step. Buffers are its own: donating it leaves the arguments alone.
 
     Args:
       trainable: floating arrays and ``None`` holes; cast to float32.
       key: one, or [members]: the states of several runs, stacked (`sweep`).
-      reference: keep a copy of the start, for an objective with a ``reference`` view.
+      reference: keep a copy of the start, for an objective with a ``reference`` view; penalties keep one anyway.
       carry: the objective's running quantities before the first step, scalars.
       shardings: a state of shardings (see `shardings`), or None for the default device.
+      fisher: from `fisher.estimate`.
     """
     bad = [path for path, leaf in tree.paths(trainable) if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
     if bad:
         raise ValueError(f"cannot train integer arrays: {', '.join(bad[:8])}; expected floating dtypes")
 
-    def init(trainable, key, carry, method_state):
+    def init(trainable, key, carry, method_state, fisher):
         carry = {name: jnp.broadcast_to(value, key.shape) for name, value in carry.items()}
         values = jax.tree.map(lambda a: a.astype(jnp.float32), trainable)
-        start = values if reference else None
+        start = values if reference or optimizer.penalty is not None else None
         return TrainState(
-            jnp.zeros(key.shape, jnp.int32), values, start, optimizer.init(values), carry, method_state, key
+            jnp.zeros(key.shape, jnp.int32), values, start, optimizer.init(values), carry, method_state, key, fisher
         )
 
     carry = {name: jnp.float32(value) for name, value in (carry or {}).items()}
-    return jax.jit(init, out_shardings=shardings)(trainable, key, carry, method_state)
+    return jax.jit(init, out_shardings=shardings)(trainable, key, carry, method_state, fisher)
 
 
 def steps_taken(state: TrainState) -> int:
@@ -79,10 +83,11 @@ def abstract(
     reference: bool = False,
     carry: Mapping[str, jax.Array] | None = None,
     method_state: Any = None,
+    fisher: tree.Params | None = None,
 ) -> TrainState:
     """Shapes and dtypes of `create`'s result, without making it. The arguments may hold shapes."""
     return jax.eval_shape(
-        lambda t, k, m: create(t, optimizer, k, reference, carry, method_state=m), trainable, key, method_state
+        lambda t, k, m, f: create(t, optimizer, k, reference, carry, m, fisher=f), trainable, key, method_state, fisher
     )
 
 

@@ -87,8 +87,9 @@ def make_step(
     """Builds the training step.
 
     The result takes ``batch`` arrays [accumulate, rows, T], donates ``state``, and returns scalars on the device:
-    ``loss``, each metric of the objective, each term as ``loss/<term>`` where there are several, ``grad_norm`` (before
-    clipping), ``learning_rate``, ``tokens`` (those that are not padding), ``skipped`` (0 or 1).
+    ``loss``, each metric of the objective, each term as ``loss/<term>`` where there are several, each penalty on the
+    parameters as ``penalty/<name>`` (no part of the loss), ``grad_norm`` (before clipping), ``learning_rate``,
+    ``tokens`` (those that are not padding), ``skipped`` (0 or 1).
     """
     return compiled(body(objective, config, score, optimizer, hooks=hooks), shardings)
 
@@ -116,6 +117,8 @@ def body(
     [accumulate, members, rows, T], and ``score``, ``optimizer`` and ``hooks`` are those of all members."""
     objective, asked, follow = _mapped(objective, each), objective.asked(config), objective.follow(config)
     scored = functools.partial(_scores, asked, score)
+    if follow is not None and optimizer.penalty is not None:
+        raise ValueError("optim.l2_start, optim.ewc: they pull to the start, which this objective's reference moves")
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         key = each(jax.random.fold_in)(state.key, state.step)
@@ -152,6 +155,9 @@ def body(
         grads, (losses, means), carry = _accumulate(loss_fn, state.trainable, batch, fold)
         grads = hooks.gradients(state.trainable, grads)
         metrics = _metrics(losses, means, weights)
+        if optimizer.penalty is not None:
+            grads, penalties = optimizer.penalty(state.trainable, grads, state.start, state.fisher)
+            metrics |= penalties
         metrics["grad_norm"] = each(optax.tree.norm)(grads)
         metrics["learning_rate"] = optimizer.learning_rate(state.step)
         metrics["tokens"] = _tokens(batch)
@@ -254,7 +260,8 @@ def _scores(
 ) -> dict[str, Mapping[str, jax.Array]]:
     """Scores of every view the objective asks for; only the policy has a gradient, dropout and noise.
 
-    A teacher is scored before the policy, which finds in the batch what it said; only the policy's scores remain."""
+    A teacher, and the policy as the run began where it is one (the view ``start``), is scored before the policy, which
+    finds in the batch what it said; only the policy's scores remain."""
     scores: dict[str, Mapping[str, jax.Array]] = {}
     base, others = frozen if isinstance(frozen, Models) else (frozen, {})
     for view in asked.views:
@@ -263,17 +270,18 @@ def _scores(
                 scores[view] = score(view, tree.combine(trainable, base), batch, key)
             elif view == "reference" and "ref_logp" in batch:  # scored beforehand
                 scores[view] = {"logp": batch["ref_logp"]}
-            elif view in others:
-                said = jax.lax.stop_gradient(score(view, others[view], batch, None))
-                if view == "teacher":
-                    batch = {**batch, view: said}  # type: ignore[dict-item]
+            else:
+                begun = {} if start is None else dict.fromkeys(("reference", "start"), tree.combine(start, base))
+                known = {**begun, **others}
+                if view not in known:
+                    raise ValueError(
+                        f"no parameters for the view {view!r}; the step has {', '.join(['policy', *known])}"
+                    )
+                said = jax.lax.stop_gradient(score(view, known[view], batch, None))
+                if view in ("teacher", "start"):
+                    batch = {**batch, "teacher": said}  # type: ignore[dict-item]
                 else:
                     scores[view] = said
-            elif view == "reference" and start is not None:
-                scores[view] = jax.lax.stop_gradient(score(view, tree.combine(start, base), batch, None))
-            else:
-                known = ", ".join(["policy", *(["reference"] if start is not None else []), *others])
-                raise ValueError(f"no parameters for the view {view!r}; the step has {known}")
     return scores
 
 

@@ -47,7 +47,8 @@ def make_optimizer(
     def learning_rate(now: jax.Array) -> jax.Array:
         return jax.vmap(lambda rate, now: one(rate).learning_rate(now))(rates, now)
 
-    return Optimizer(jax.vmap(any_one.init), update, learning_rate, jax.vmap(any_one.averaged))
+    penalty = None if any_one.penalty is None else jax.vmap(any_one.penalty)
+    return Optimizer(jax.vmap(any_one.init), update, learning_rate, jax.vmap(any_one.averaged), penalty)
 
 
 def make_step(

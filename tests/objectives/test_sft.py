@@ -45,6 +45,15 @@ def test_metrics_by_hand():
     assert float(means["entropy"]) == pytest.approx(7 / 3)
 
 
+def test_divergence_from_the_start_by_hand():
+    """Of the targets 1, 2 and 4 nats away from the start: 7 in all, times the weight in the loss."""
+    apart = jnp.array([[9.0, 1.0, 2.0], [4.0, jnp.nan, 9.0]])
+    losses, metrics = run(SFT(kl_to_start=0.5), divergence=apart)
+    assert (float(losses["kl_to_start"].total), float(losses["kl_to_start"].weight)) == (3.5, 3.0)
+    assert float(metrics["kl_to_start"].total) == 7.0
+    assert float(losses["sft"].total) == pytest.approx(math.log(160), rel=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["nll", "dft"])
 def test_masked_tokens_have_zero_gradient(loss):
     grad = jax.grad(lambda logp: run(SFT(loss=loss), logp)[0]["sft"].total)(LOGP)
@@ -73,4 +82,6 @@ def test_the_weight_depends_on_the_batch_alone():
 
 def test_the_table():
     row = OBJECTIVES["sft"]
-    assert (row.config, row.fn, row.views, row.needs) == (SFT, sft.sft, ("policy",), ("logp",))
+    assert (row.config, row.fn) == (SFT, sft.sft)
+    assert row.asked(SFT())[::2] == (("logp",), ("policy",))
+    assert row.asked(SFT(kl_to_start=0.1))[::2] == (("logp", "divergence"), ("start", "policy"))
