@@ -1,21 +1,21 @@
-"""Every example of a data set as tokens in memory: read, converted and tokenised once, in workers, in the order of the
-files.
+"""Every example of a data set as tokens: read, converted and tokenised once, in workers, in the order of the files.
 
-Memory is 5 bytes a token: 100 million tokens take 0.5 GB. The held-out part is chosen by a hash of a row's content, so
-it is the same for every seed, row order and number of workers, and equal rows never fall on both sides.
+Memory is 5 bytes a token: 100 million tokens take 0.5 GB; or they are on disk (`store`). The held-out part is chosen
+by a hash of a row's content, so it is the same for every seed, row order and number of workers, and equal rows never
+fall on both sides.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxft.data import encode, formats, records, texts, trees
+from jaxft.data import encode, formats, records, store, texts, trees
 from jaxft.data.config import DataConfig
 from jaxft.data.encode import Chunk
 from jaxft.data.errors import DataError
@@ -167,28 +167,48 @@ def load(
     source, format = opened(source, path, config, rows)
     margin = rows == "pairs" and has_margin(source)
     encoder = texts.encoder(tokenizer, config, format, has_chats(source, format, rows), rows, margin, reserved)
-    chunks = []
-    with contextlib.closing(encoded(source, encoder, config.workers)) as found:
-        for chunk in found:
-            if chunk.errors and config.on_error == "refuse":
-                raise refusal(chunk.errors)
-            chunks.append(chunk)
-    offsets = np.concatenate(([0], np.cumsum(np.concatenate([chunk.lengths for chunk in chunks])))).astype(np.int64)
     padding: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    all, met = kept(source, encoder, config) if config.cache is not None else held(source, encoder, config)
     examples = Examples(
-        np.concatenate([chunk.tokens for chunk in chunks]),
-        np.concatenate([chunk.loss for chunk in chunks]),
-        offsets,
-        np.concatenate([chunk.rows for chunk in chunks]),
-        np.concatenate([chunk.tasks for chunk in chunks]),
+        all.tokens,
+        all.loss,
+        np.concatenate(([0], np.cumsum(all.lengths))).astype(np.int64),
+        all.rows,
+        all.tasks,
         padding,
         source,
-        reading(len(source), chunks, rows),
+        met,
         rows,
-        {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in chunks[0].columns},
-        np.concatenate([chunk.steps for chunk in chunks]) if rows == "steps" else None,
+        all.columns,
+        all.steps if rows == "steps" else None,
     )
-    return examples, np.concatenate([chunk.keys for chunk in chunks]), format
+    return examples, all.keys, format
+
+
+def held(source: records.Records, encoder: texts.Encoder, config: DataConfig) -> tuple[Chunk, Reading]:
+    """All examples in memory, as one chunk."""
+    with contextlib.closing(encoded(source, encoder, config)) as found:
+        chunks = [*found]
+    arrays = {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in (*store.ARRAYS, "steps")}
+    columns = {name: np.concatenate([chunk.columns[name] for chunk in chunks]) for name in chunks[0].columns}
+    return Chunk(**arrays, columns=columns, errors=(), silent=0, cut=0, shared=0), reading(len(source), chunks, encoder)
+
+
+def kept(source: records.Records, encoder: texts.Encoder, config: DataConfig) -> tuple[Chunk, Reading]:
+    """All examples as one chunk, tokens and masks on disk (`data.cache`)."""
+    folder = store.place(str(config.cache), source, encoder, config.on_error)
+    with contextlib.ExitStack() as stack:
+
+        def chunks(first: int) -> Iterator[Chunk]:
+            return stack.enter_context(contextlib.closing(encoded(source, encoder, config, first)))
+
+        done = store.fill(folder, len(source), chunks, CHUNK)
+    arrays = store.read(folder, done.sizes)
+    met = Reading(
+        len(source), done.skipped, tuple(done.errors), done.silent_rows, done.extra_examples, done.cut_boundaries,
+        done.shared_boundaries,
+    )  # fmt: skip
+    return Chunk(**arrays, columns={}, steps=np.zeros(0, np.int8), errors=(), silent=0, cut=0, shared=0), met
 
 
 def opened(
@@ -223,24 +243,31 @@ def has_chats(source: records.Records, format: str, rows: str = "tokens") -> boo
     return False
 
 
-def encoded(source: records.Records, encoder: texts.Encoder, workers: int) -> Generator[Chunk, None, None]:
-    """Chunks in the order of the rows, whatever the number of workers: grain's workers return elements in turn."""
+def encoded(
+    source: records.Records, encoder: texts.Encoder, config: DataConfig, first: int = 0
+) -> Generator[Chunk, None, None]:
+    """Chunks in the order of the rows, from one on, whatever the number of workers: grain's return elements in turn.
+
+    Raises the refusal of the first chunk with a bad row, unless they are skipped."""
     import grain
 
-    starts = grain.MapDataset.range(0, len(source), CHUNK)
+    starts = grain.MapDataset.range(first, len(source), CHUNK)
     work = starts.map(Work(source, encoder, CHUNK)).to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
-    if workers:
+    if config.workers:
         from absl import flags
 
         # grain's workers read absl flags, which only an absl program parses.
         flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=2)
         work = work.mp_prefetch(options)
     iterator = iter(work)
     try:
-        yield from iterator
+        for chunk in iterator:
+            if chunk.errors and config.on_error == "refuse":
+                raise refusal(chunk.errors)
+            yield chunk
     finally:
         iterator.close()  # ends the workers
 
@@ -249,7 +276,7 @@ def encoded(source: records.Records, encoder: texts.Encoder, workers: int) -> Ge
 class Work:
     """What a worker does with the number of a chunk's first row."""
 
-    source: records.Records
+    source: records.Source
     encoder: texts.Encoder
     size: int
 
@@ -267,7 +294,7 @@ def refusal(errors: Sequence[DataError]) -> DataError:
     return DataError(first.where, first.field, first.got, first.expected, first.remedy + more)
 
 
-def reading(size: int, chunks: list[Chunk], rows: str) -> Reading:
+def reading(size: int, chunks: list[Chunk], encoder: texts.Encoder) -> Reading:
     """The counts of all chunks."""
     errors = [str(error) for chunk in chunks for error in chunk.errors]
     examples = sum(len(chunk.rows) for chunk in chunks)
@@ -277,7 +304,7 @@ def reading(size: int, chunks: list[Chunk], rows: str) -> Reading:
         len(errors),
         tuple(errors[:5]),
         sum(chunk.silent for chunk in chunks),
-        examples - sources if rows == "tokens" else 0,
+        examples - sources if encoder.rows == "tokens" else 0,
         sum(chunk.cut for chunk in chunks),
         sum(chunk.shared for chunk in chunks),
     )
@@ -295,16 +322,19 @@ def hold_out(rows: np.ndarray, keys: np.ndarray, config: DataConfig) -> np.ndarr
 
 def select(examples: Examples, keep: np.ndarray) -> Examples:
     """Some of the examples, in the same order."""
-    lengths = np.diff(examples.offsets)
-    tokens = np.repeat(keep, lengths)
+    lengths, long = np.diff(examples.offsets), {"tokens": examples.tokens, "loss": examples.loss}
+    if isinstance(examples.tokens, np.memmap):
+        long = store.copied(long, lengths, keep)
+    else:
+        tokens = np.repeat(keep, lengths)
+        long = {name: array[tokens] for name, array in long.items()}
     offsets = np.concatenate(([0], np.cumsum(lengths[keep]))).astype(np.int64)
     return dataclasses.replace(
         examples,
-        tokens=examples.tokens[tokens],
-        loss=examples.loss[tokens],
+        **long,
         offsets=offsets,
         rows=examples.rows[keep],
         tasks=examples.tasks[keep],
         columns={name: array[keep] for name, array in examples.columns.items()},
-        steps=None if examples.steps is None else examples.steps[tokens],
+        steps=None if examples.steps is None else examples.steps[np.repeat(keep, lengths)],
     )

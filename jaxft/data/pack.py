@@ -14,6 +14,8 @@ import numpy as np
 
 from jaxft.data.examples import Examples
 
+STRETCHES = 1024
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -93,11 +95,23 @@ def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
         start = np.repeat(start, number) + (np.arange(number.sum()) - first) * max_length
         stop = np.minimum(start + max_length, np.repeat(stop, number))
     # The first token of a piece has no predecessor there, so it is never a target.
-    learnt = np.concatenate(([0], np.cumsum(examples.loss if examples.steps is None else examples.steps > 0)))
-    keep = learnt[stop] > learnt[np.minimum(start + 1, stop)]
+    keep = counted(examples.loss if examples.steps is None else examples.steps, np.minimum(start + 1, stop), stop) > 0
     keep = apart(together(np.logical_and, keep, group), group)
     counts["dropped_tokens"] += int((stop - start)[~keep].sum())
     return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()), group=group)
+
+
+def counted(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """How many of `flags[start:stop]` are not zero, for each of these stretches, which follow one another.
+
+    Looks at some of them at a time: flags may lie on disk."""
+    found = np.empty(len(start), np.int64)
+    for at in range(0, len(start), STRETCHES):
+        low, high = start[at : at + STRETCHES], stop[at : at + STRETCHES]
+        first = int(low[0])
+        before = np.concatenate(([0], np.cumsum(flags[first : int(high[-1])] != 0)))
+        found[at : at + STRETCHES] = before[high - first] - before[low - first]
+    return found
 
 
 def together(combine: np.ufunc, values: np.ndarray, group: int) -> np.ndarray:

@@ -7,6 +7,7 @@ worker process receives a small object and reads what it needs. A row that canno
 
 import csv
 import glob
+import hashlib
 import json
 import re
 import sys
@@ -20,6 +21,8 @@ import numpy as np
 from jaxft.data import arrow
 from jaxft.data.errors import DataError, short
 
+BLOCK = 2**24
+"""Bytes of a file that are looked at together."""
 SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
 
 
@@ -74,6 +77,26 @@ class Memory:
     def rows(self, start: int, stop: int) -> list[Row | DataError]:
         """The rows from `start` to `stop`."""
         return list(self.items[start:stop])
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file, which is one document."""
+
+    path: str
+
+    def __len__(self) -> int:
+        return 1
+
+    def rows(self, start: int, stop: int) -> list[Row | DataError]:
+        """The document, if it is asked for."""
+        if start > 0 or stop < 1:
+            return []
+        try:
+            return [Row({"text": Path(self.path).read_text(encoding="utf-8-sig")}, self.path)]
+        except UnicodeDecodeError as error:
+            got = f"bytes that are not UTF-8 ({error.reason})"
+            return [DataError(self.path, "", got, "UTF-8 text", "Re-save the file as UTF-8.")]
 
 
 @dataclass(frozen=True)
@@ -152,6 +175,7 @@ def open_path(path: str, split: str, subset: str | None) -> list[Source]:
 def directory_files(place: Path, split: str) -> list[Path]:
     """Data files of a directory; when names carry splits (`train-0001.parquet`), only those of `split`."""
     files = sorted(file for file in place.iterdir() if file.suffix in OPENERS)
+    files = [file for file in files if file.suffix != ".txt"] or files  # a text beside data files is about them
     words = {file: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
     named = [file for file in files if split in words[file]]
     if not named and any(words[file] & SPLITS for file in files):
@@ -178,15 +202,38 @@ def open_file(path: str) -> Source:
         raise DataError(path, "", got, "UTF-8 text", "Re-save the file as UTF-8.") from error
 
 
+def fingerprint(source: Source) -> Any:
+    """What tells these rows from others without reading them, JSON: files by place, size and time. Raises DataError
+    for rows that are made of others."""
+    if isinstance(source, Records):
+        return [[fingerprint(part) for part in source.parts], source.size, source.columns]
+    if isinstance(source, JsonLines | Text):
+        about = Path(source.path).stat()
+        return [str(Path(source.path).resolve()), about.st_size, about.st_mtime_ns]
+    if isinstance(source, Arrow):
+        return [source.label, source.table._fingerprint]
+    if isinstance(source, Memory):
+        return hashlib.blake2b(repr(source.items).encode("utf-8", "surrogatepass")).hexdigest()
+    got = f"rows made by {type(source).__name__}"
+    raise DataError("", "data.cache", got, "rows as they stand in files or data sets", "Leave data.cache out.")
+
+
 def open_jsonl(path: str) -> JsonLines:
-    """Index the lines of a jsonl file."""
-    data = np.fromfile(path, dtype=np.uint8)
-    stops = np.flatnonzero(data == ord("\n")).astype(np.int64)
-    if len(data) and (len(stops) == 0 or stops[-1] != len(data) - 1):
-        stops = np.append(stops, len(data))
+    """Index the lines of a jsonl file, of which a block at a time is in memory."""
+    stops, solid, at, words = [], [], 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            data = np.frombuffer(block, np.uint8)
+            ends = np.flatnonzero(data == ord("\n"))
+            counts = np.concatenate(([0], np.cumsum(data > ord(" "))))
+            stops.append(at + ends)
+            solid.append(words + counts[ends])  # bytes that are not blank before each line's end
+            at, words = at + len(data), words + int(counts[-1])
+    stops, solid = (np.concatenate([np.zeros(0, np.int64), *parts]) for parts in (stops, solid))
+    if at and (len(stops) == 0 or stops[-1] != at - 1):
+        stops, solid = np.append(stops, at), np.append(solid, words)
     starts = np.concatenate(([0], stops[:-1] + 1)).astype(np.int64)[: len(stops)]
-    solid = np.concatenate(([0], np.cumsum(data > ord(" "))))
-    keep = solid[stops] > solid[starts]
+    keep = solid > np.concatenate(([0], solid[:-1]))[: len(solid)]
     return JsonLines(path, starts[keep], stops[keep], (np.arange(len(stops)) + 1)[keep])
 
 
@@ -299,4 +346,4 @@ def rename(row: Row | DataError, columns: dict[str, str]) -> Row | DataError:
 
 
 SKIP = "Mend the row, or set data.on_error=skip."
-OPENERS = {".jsonl": open_jsonl, ".json": open_json, ".csv": open_csv, ".parquet": open_parquet}
+OPENERS = {".jsonl": open_jsonl, ".json": open_json, ".csv": open_csv, ".parquet": open_parquet, ".txt": Text}

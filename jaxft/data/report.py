@@ -96,14 +96,13 @@ class Report:
 def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
     """The report of examples packed by a plan into the rows of the first epoch."""
     found, lengths = plan.pieces, np.diff(examples.offsets)
-    learnt = np.concatenate(([0], np.cumsum(examples.loss)))
     judged = examples.form != "tokens"
     first = found.start if plan.packing == "best_fit" or judged else rows.start[rows.offsets[:-1]]
     return Report(
         reading=examples.reading,
         examples=len(examples),
         tokens=int(lengths.sum()),
-        learnt_tokens=int((learnt[found.stop] - learnt[found.start]).sum() - examples.loss[first].sum()),
+        learnt_tokens=int(pack.counted(examples.loss, found.start, found.stop).sum() - examples.loss[first].sum()),
         length_percentiles=percentiles(lengths),
         truncated=found.truncated,
         cut_tokens=found.cut_tokens,

@@ -59,6 +59,30 @@ def test_several_files_limit_and_slices(tmp_path):
     assert len(read(tmp_path)) == 8
 
 
+def test_lines_are_found_whatever_part_of_a_file_is_in_memory(tmp_path, monkeypatch):
+    lines = ['{"text": "a"}', "", "  \t", '{"text": "b\\nb"}\r', "bad", '{"text": "c"}']
+    for end in ("", "\n", "\n \n"):
+        (tmp_path / "a.jsonl").write_text("\n".join(lines) + end, newline="")
+        found = []
+        for size in (2**20, 1, 5, 14):
+            monkeypatch.setattr(records, "BLOCK", size)
+            found.append([(row.where, getattr(row, "fields", None)) for row in read(tmp_path / "a.jsonl")])
+        texts = [None if fields is None else fields["text"] for _, fields in found[0]]
+        assert texts == ["a", "b\nb", None, "c"] and found[0][3][0].endswith(":6")
+        assert found[1:] == [found[0]] * 3
+
+
+def test_a_text_file_is_a_document(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\n\n{name}")
+    assert [row.fields["text"] for row in read(tmp_path)] == ["a\n\na", "b\n\nb"]
+    assert read(tmp_path / "*.txt")[1].where == str(tmp_path / "b.txt")
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    assert "not UTF-8" in str(read(tmp_path / "c.txt")[0])
+    (tmp_path / "rows.jsonl").write_text('{"text": "row"}\n')
+    assert [row.fields["text"] for row in read(tmp_path)] == ["row"]  # the texts are about the data
+
+
 def test_directory_with_splits(tmp_path):
     (tmp_path / "train-00000.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "test-00000.jsonl").write_text('{"text": "b"}\n')
@@ -103,9 +127,9 @@ def test_nothing_there_and_offline_hub(tmp_path):
         read(tmp_path / "missing.jsonl")
     with pytest.raises(DataError, match=r"taken for a hub name.*offline"):
         read("nobody/nothing-here")
-    (tmp_path / "a.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"suffix '\.txt'"):
-        read(tmp_path / "a.txt")
+    (tmp_path / "a.doc").write_text("hello")
+    with pytest.raises(DataError, match=r"suffix '\.doc'"):
+        read(tmp_path / "a.doc")
 
 
 def test_jsonl_needs_neither_datasets_nor_pyarrow(write):
