@@ -25,9 +25,10 @@ from jaxft.data import Examples, Loader, Prepared
 from jaxft.model import Model
 from jaxft.models import flops, slots
 from jaxft.models.decoder import Execution
+from jaxft.models.divergences import Divergence
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import native, store
-from jaxft.rollout import members, score
+from jaxft.rollout import anchored, members, score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
 from jaxft.training import optim, paged, prefetch, state
@@ -154,6 +155,10 @@ def scorer(config: RunConfig, base: Model, how: Execution, differs: tree.Params 
     needs, alpha = (*asked.needs, *asked.reports), config.train.neftune_alpha
     if differs is not None:
         return members.make_score(base.config, needs, differs, dtype=dtype, execution=how, neftune_alpha=alpha)
+    if "start" in asked.views:
+        apart = Divergence(config.objective.value.kl_divergence)
+        named: dict[str, Any] = {"needs": asked.needs, "reports": asked.reports}
+        return anchored.make_score(base.config, apart, **named, dtype=dtype, execution=how, neftune_alpha=alpha)
     return score.make_score(base.config, needs, dtype=dtype, execution=how, neftune_alpha=alpha)
 
 
@@ -169,12 +174,17 @@ def hooks(config: RunConfig, parts: Split, steps: int) -> Hooks:
 
 
 def start(
-    config: RunConfig, parts: Split, steps: int, mesh: Mesh | None, hooks: Hooks = hooks_.NONE
+    config: RunConfig,
+    parts: Split,
+    steps: int,
+    mesh: Mesh | None,
+    hooks: Hooks = hooks_.NONE,
+    fisher: tree.Params | None = None,
 ) -> tuple[Optimizer, TrainState, TrainState | None]:
-    """The optimiser, the state before the first step, and the state's shardings."""
+    """The optimiser, the state before the first step, and the state's shardings; ``fisher``: see `TrainState`."""
     default, factors = rates(config, parts)
     optimizer = optim.make(config.optim, parts.trainable, steps, default, factors)
-    return optimizer, *first_state(config, parts, optimizer, state_key(config), mesh, hooks.start)
+    return optimizer, *first_state(config, parts, optimizer, state_key(config), mesh, hooks.start, fisher)
 
 
 def rates(config: RunConfig, parts: Split) -> tuple[float, tree.Params]:
@@ -200,6 +210,7 @@ def first_state(
     key: jax.Array,
     mesh: Mesh | None,
     method: Callable[[tree.Params], Any],
+    fisher: tree.Params | None = None,
 ) -> tuple[TrainState, TrainState | None]:
     """The state before the first step, and its shardings; ``method``: `Hooks.start`."""
     objective, settings = OBJECTIVES[config.objective.name], config.objective.value
@@ -207,7 +218,7 @@ def first_state(
     places = None
     if mesh is not None or config.optim.offload:
         own = jax.eval_shape(method, parts.trainable)
-        shapes = state.abstract(parts.trainable, optimizer, key, reference, carry, own)
+        shapes = state.abstract(parts.trainable, optimizer, key, reference, carry, own, fisher)
         alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         whole = alone if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         ours = jax.tree.map(lambda _: alone, parts.trainable) if mesh is None else parts.shardings
@@ -216,13 +227,14 @@ def first_state(
             paged.check(jax.local_devices()[0], "optim.offload=true")
             places = places._replace(opt_state=paged.places(shapes.opt_state, places.opt_state))
     own = method(parts.trainable)
-    return state.create(parts.trainable, optimizer, key, reference, carry, own, places), places
+    return state.create(parts.trainable, optimizer, key, reference, carry, own, places, fisher), places
 
 
 def own_reference(config: RunConfig) -> bool:
     """Whether the policy as the run began is scored in each step."""
     asked = OBJECTIVES[config.objective.name].asked(config.objective.value)
-    return "reference" in asked.views and config.reference.path is None and not config.reference.precompute
+    own = config.reference.path is None and not config.reference.precompute
+    return "start" in asked.views or ("reference" in asked.views and own)
 
 
 def virtual(config: RunConfig) -> dict[str, int]:

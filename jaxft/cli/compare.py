@@ -283,9 +283,15 @@ def _mean(entry: Entry, name: str) -> float:
 
 
 COLUMNS = ("method", "exact match", "held-out loss", "parameters", "learning rate", "ms a step", "peak GB")
+GENERAL = "general perplexity"
 
 
-def cells(entry: Entry) -> list[str]:
+def columns(entries: Sequence[Entry]) -> tuple[str, ...]:
+    """The table's columns; with `eval.general` one more."""
+    return (*COLUMNS, GENERAL) if any("general_perplexity" in run for e in entries for run in e.runs) else COLUMNS
+
+
+def cells(entry: Entry, columns: Sequence[str] = COLUMNS) -> list[str]:
     """One line of the table as text: means over the seeds, accuracy with its standard deviation."""
     scores = [run["exact_match"] for run in entry.runs if "exact_match" in run]
     spread = f" ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
@@ -297,18 +303,21 @@ def cells(entry: Entry) -> list[str]:
 
     size = f"{entry.parameters:,}" if entry.settings else "0"
     rate = f"{entry.lr:.2g}" if entry.settings else "-"
-    return [entry.name, score, number("loss", ".3f"), size, rate, number("step_ms", ".1f"), number("memory_gb", ".2f")]
+    made = [entry.name, score, number("loss", ".3f"), size, rate, number("step_ms", ".1f"), number("memory_gb", ".2f")]
+    return [*made, number("general_perplexity", ".3f")] if GENERAL in columns else made
 
 
 def table(entries: Sequence[Entry]) -> Table:
     """The table for a terminal."""
-    shown = Table(*COLUMNS)
+    names = columns(entries)
+    shown = Table(*names)
     for entry in entries:
-        shown.add_row(*cells(entry))
+        shown.add_row(*cells(entry, names))
     return shown
 
 
 def markdown(entries: Sequence[Entry]) -> str:
     """The table for a README."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(cells(entry) for entry in entries)]
+    names = columns(entries)
+    lines = [names, ["---"] * len(names), *(cells(entry, names) for entry in entries)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

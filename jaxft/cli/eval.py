@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxft import data
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, heads, precision, summary, target
+from jaxft.cli import answers, assemble, forgetting, heads, precision, summary, target
 from jaxft.cli import others as others_
 from jaxft.cli.target import Target
 from jaxft.config import RunConfig
@@ -77,7 +77,8 @@ def command(args: argparse.Namespace) -> int:
         config.data, model, OBJECTIVES[config.objective.name].rows, slots.prompt_length(params)
     )
     measured = losses(config, model, params, examples, how)
-    values, table = evaluate.summary(measured), reliability(measured)
+    values = evaluate.summary(measured) | forgetting.measured(config, model, params, how)
+    table = reliability(measured)
     said = _replies(found, model, params, examples, form, how, args.limit, args.shots)
     if said:
         values["exact_match"] = sum(reply.exact for reply in said) / len(said)
@@ -121,13 +122,13 @@ def held_out(config: DataConfig, model: Model, rows: str = "tokens", reserved: i
 
 def losses(config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution) -> dict[str, Any]:
     """The objective's terms, metrics and tables, for `evaluate.summary`: means over all target tokens, pairs or steps.
-    The reference, where there is one, is the model without the adapter, unless the config names another."""
+    The reference, where there is one, and the start are the model without the adapter, unless another is named."""
     config = others_.live(config)
     objective, chosen = OBJECTIVES[config.objective.name], config.objective.value
     asked = objective.asked(chosen)
     others = others_.load(config, model, how.mesh)
-    if "reference" in asked.views and "reference" not in others:
-        others["reference"] = dataclasses.replace(model, params=tree.strip(params))
+    for view in {"reference", "start"} & {*asked.views} - {*others}:
+        others[view] = dataclasses.replace(model, params=tree.strip(params))
     eval_step = step.make_eval_step(objective, chosen, others_.scorer(config, model, how, others))
     settings = dataclasses.replace(config.data, shuffle=False)
     assemble.check_tasks(params, examples)

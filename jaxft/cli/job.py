@@ -15,7 +15,7 @@ from jaxft.border import check
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state as disk
 from jaxft.checkpoint.state import Record
-from jaxft.cli import assemble, heads
+from jaxft.cli import assemble, forgetting, heads
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.core.weight import Weight
@@ -94,9 +94,13 @@ def shardings(places: TrainState | None, frozen: Frozen, mesh: Mesh | None) -> S
     return Shardings(places, jax.tree.map(lambda a: a.sharding, frozen), mesh_.batch_sharding(mesh))
 
 
-def refuse_metric(config: RunConfig, sums: Means) -> None:
-    """Raises ConfigError for an `eval.metric` that this run will not evaluate: before the first step, not after it."""
-    names = {*evaluate.summary(dict.fromkeys(sums, 0.0)), *(["exact_match"] if config.eval.exact_match else [])}
+def refuse_metric(config: RunConfig, sums: Means | None = None) -> None:
+    """Raises ConfigError for an `eval.metric` that this run will not evaluate: before the first step, not after it.
+
+    ``sums``: of the held-out set, if there is one."""
+    names = set() if config.eval.general is None else set(forgetting.METRICS)
+    if sums is not None:
+        names |= {*evaluate.summary(dict.fromkeys(sums, 0.0)), *(["exact_match"] if config.eval.exact_match else [])}
     if config.eval.metric not in names:
         raise ConfigError(f"`eval.metric`: got {config.eval.metric!r}; this run evaluates {', '.join(sorted(names))}")
 

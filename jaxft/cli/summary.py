@@ -15,7 +15,7 @@ from jaxft.training.loop import Result
 
 SHOWN = (
     "loss", "perplexity", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "divergence",
-    "teacher_agreement", "exact_match", "accuracy", "margin", "brier", "calibration_error",
+    "teacher_agreement", "exact_match", "accuracy", "margin", "brier", "calibration_error", "general_perplexity",
 )  # fmt: skip
 SHARES = ("exact_match", "mean_token_accuracy", "rewards/accuracies", "teacher_agreement", "accuracy")
 
@@ -36,7 +36,7 @@ def show(console: Console, config: RunConfig, result: Result, folder: Path, writ
 
 
 def _changes(console: Console, folder: Path) -> None:
-    """Held-out metrics of the first and last evaluation, if there are two."""
+    """Held-out metrics of the first and last evaluation, if there are two: what the task gained, and what that cost."""
     rows = evaluations(folder)
     if not rows:
         return
@@ -45,10 +45,13 @@ def _changes(console: Console, folder: Path) -> None:
     table.add_column("metric")
     for row in [first, last] if len(rows) > 1 else [last]:
         table.add_column("before" if row["step"] == 0 else f"step {row['step']}", justify="right")
+    if len(rows) > 1:
+        table.add_column("change", justify="right")
     for name in SHOWN:
         if f"eval_{name}" in last:
-            both = [first, last] if len(rows) > 1 else [last]
-            table.add_row(name.replace("_", " "), *(number(name, row.get(f"eval_{name}")) for row in both))
+            values = [row.get(f"eval_{name}") for row in ([first, last] if len(rows) > 1 else [last])]
+            changed = [change(name, *values)] if len(rows) > 1 else []
+            table.add_row(name.replace("_", " "), *(number(name, value) for value in values), *changed)
     console.print(table)
 
 
@@ -57,6 +60,15 @@ def number(name: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1%}" if name in SHARES else f"{value:.4g}"
+
+
+def change(name: str, first: float | None, last: float | None) -> str:
+    """A metric's change: points of a share, part of a perplexity, else the difference."""
+    if first is None or last is None:
+        return ""
+    if name in SHARES:
+        return f"{100 * (last - first):+.1f} points"
+    return f"{last / first - 1:+.1%}" if name.endswith("perplexity") else f"{last - first:+.4g}"
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jaxft import run_dir
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, members, ranking
+from jaxft.cli import answers, assemble, forgetting, members, ranking
 from jaxft.cli import job as job_
 from jaxft.cli.assemble import Split
 from jaxft.cli.job import Job, Material
@@ -60,6 +60,8 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     score = assemble.scorer(config, base, how, differs)
     dtype = base.params["embed"]["tokens"].dtype
     asked = answers.chosen(config, material.prepared.held_out, material.prepared.format, base)
+    reserved = assemble.virtual(config).get("prompt", 0)
+    general = forgetting.examples(config, base, reserved)
     constants, common = tree.partition(parts.frozen, differs)
     base, common = job_.handed_over(base, common, how.unroll)
     frozen = tree.combine(constants, common)
@@ -71,6 +73,8 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     if material.held_out is not None:
         batch = prefetch.split(material.train.batch(0), config.train.accumulate)
         job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, frozen, batch, first.carry))
+    elif general is not None:
+        job_.refuse_metric(config)
     ledger = Ledger([member.folder for member in runs], config.log.every, material.steps)
 
     def begin(folder: Path) -> tuple[Any, list[Evaluator]]:
@@ -81,6 +85,9 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
             place, accumulate = mesh_.placer(mesh), config.train.accumulate
             measured = evaluate.measure(eval_step, frozen, material.held_out, place, config.eval, accumulate)
             found += [lambda step, state: each_summary(measured(state), len(runs))]
+        if general is not None:
+            more = forgetting.measure(config, general, base, dtype, how, frozen, reserved, differs, len(runs))
+            found += [lambda step, state: [forgetting.told(means) for means in each_mean(more(state), len(runs))]]
         if asked:
             found += [answered(runs, asked, base, dtype, how, frozen, differs)]
         return loader, [ledger.evaluator(found, config.eval)] if found else []
@@ -168,7 +175,12 @@ def alone(trained: tree.Params, frozen: tree.Params, differs: tree.Params, index
 
 def each_summary(means: dict[str, Any], count: int) -> list[dict[str, float]]:
     """`evaluate.summary` of each member, from means [members]."""
-    return [evaluate.summary({name: values[index] for name, values in means.items()}) for index in range(count)]
+    return [evaluate.summary(own) for own in each_mean(means, count)]
+
+
+def each_mean(means: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The means of each member, from means [members]."""
+    return [{name: values[index] for name, values in means.items()} for index in range(count)]
 
 
 def answered(

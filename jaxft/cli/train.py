@@ -16,7 +16,7 @@ from rich.console import Console
 from jaxft import config as config_
 from jaxft import run_dir
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, members, summary, sweep
+from jaxft.cli import answers, assemble, forgetting, members, summary, sweep
 from jaxft.cli import arguments as arguments_
 from jaxft.cli import job as job_
 from jaxft.cli import others as others_
@@ -68,6 +68,7 @@ def run(config: RunConfig) -> int:
     if not config.data.path:
         raise ConfigError("`data.path` must be given: a file or data set to train on, data.path=rows.jsonl")
     others_.check(config)
+    forgetting.check(config)
     run_dir.check(config)
     mesh = assemble.devices(config)
     base = assemble.model(config, mesh)
@@ -110,7 +111,8 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
     parts = assemble.split(config, base, mesh, statistics, others_.projected(config, base, others))
     assemble.check_tasks(parts.trainable, material.prepared.train, material.prepared.held_out)
     hooks = assemble.hooks(config, parts, material.steps)
-    optimizer, first, places = assemble.start(config, parts, material.steps, mesh, hooks)
+    fisher = forgetting.weights(config, base, parts, how)
+    optimizer, first, places = assemble.start(config, parts, material.steps, mesh, hooks, fisher)
     counted = f"{tree.count(parts.trainable):,} of {tree.count(parts.trainable) + tree.count(parts.frozen):,}"
     methods = " + ".join(choice.name for choice in config.peft)
     console.print(f"training {counted} parameters for {material.steps:,} steps with {methods}")
@@ -119,17 +121,20 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
     score = others_.scorer(config, base, how, others)
     dtype = base.params["embed"]["tokens"].dtype
     asked = answers.chosen(config, material.prepared.held_out, material.prepared.format, base)
+    general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
     base, frozen = job_.handed_over(base, parts.frozen, how.unroll)
     beforehand = others_.Beforehand(config, base, dtype, how, console)
     models: step.Frozen = step.Models(frozen, others_.handed_over(others, how.unroll)) if others else frozen
     changed = parts.changed
-    del parts  # the state holds its own copy of what is trained
+    del parts, fisher  # the state holds its own copy of what is trained
 
     objective, settings = OBJECTIVES[config.objective.name], config.objective.value
     eval_step = step.make_eval_step(objective, settings, score)
     if material.held_out is not None:
         batch = prefetch.split(others_.stand_in(config, material.train.batch(0)), config.train.accumulate)
         job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, models, batch, first.carry))
+    elif general is not None:
+        job_.refuse_metric(config)
 
     def begin(folder: Path) -> tuple[Any, list[Evaluator]]:
         data = beforehand.material(material, tree.combine(first.trainable, frozen), folder, others)
@@ -137,6 +142,8 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
         if data.held_out is not None:
             place, accumulate = mesh_.placer(mesh), config.train.accumulate
             found += [evaluate.held_out(eval_step, models, data.held_out, place, config.eval, accumulate)]
+        if general is not None:
+            found += [forgetting.evaluator(config, general, base, dtype, how, frozen)]
         if asked:
             found += [answers.evaluator(config, asked, base, dtype, how, frozen, folder)]
         return data.train, found

@@ -10,7 +10,7 @@ class DataConfig:
 
     path: str | tuple[str, ...] = ""
     """A .jsonl, .json, .csv, .parquet or .txt file (a text is one document), a glob, a directory of such files, one
-    written by `datasets.save_to_disk`, or a hub name such as `trl-lib/Capybara`; or several, read one after the other."""
+    written by `datasets.save_to_disk`, a hub name such as `trl-lib/Capybara`; or several, read one after the other."""
     subset: str | None = None
     """The configuration of a hub data set that has several (`main` in `openai/gsm8k`)."""
     split: str = "train"

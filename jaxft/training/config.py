@@ -54,8 +54,11 @@ class EvalConfig:
     """Steps between evaluations. Default: once an epoch. There is always one at the end."""
     at_start: bool = False
     """Whether to evaluate before the first step too."""
+    general: str | tuple[str, ...] | None = None
+    """A set that says what the model knows besides the task, like ``data.path``, in any format and for any objective.
+    Its ``general_nll`` and ``general_perplexity`` stand beside the held-out metrics, from before the first step on."""
     batches: int | None = None
-    """Batches of held-out data to use. Default: all."""
+    """Batches of held-out data to use, and of the general set. Default: all."""
     samples: int = 4
     """Held-out prompts answered at each evaluation, written to the run's samples. 0: none."""
     exact_match: int = 0

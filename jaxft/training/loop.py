@@ -163,7 +163,7 @@ def fit(
         )  # fmt: skip
         if resumed:
             bar.say(f"resuming after step {start}")
-        elif settings.eval.at_start:
+        elif settings.eval.at_start or settings.eval.general is not None:
             _evaluate(run, 0, state)
         return _train(run, step, state, frozen, loader, place)
 

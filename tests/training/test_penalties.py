@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.checkpoint import state as disk
+from jaxft.checkpoint.state import Record
 from jaxft.core import tree
 from jaxft.objectives import DPO, OBJECTIVES, SFT
 from jaxft.training import fisher, optim, state, step, sweep
@@ -95,6 +97,16 @@ def test_a_start_that_moves_and_a_missing_measurement_are_refused():
     for wrong in ({"ewc": 1.0}, {"ewc_data": "old.jsonl"}):
         with pytest.raises(ValueError, match=r"optim.ewc: got .* expected both"):
             OptimConfig(**wrong)
+
+
+def test_start_and_fisher_are_saved_with_the_state(tmp_path):
+    now, _, _ = begin()
+    with disk.open_folder(tmp_path) as manager:
+        disk.save(manager, 1, now, Record({}, {}))
+        other = begin(add=0.5)[0]._replace(fisher=jax.tree.map(jnp.zeros_like, now.fisher))
+        back, _ = disk.restore(manager, other, Record({}, {}))
+    for name in ("trainable", "start", "fisher"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(back, name), getattr(now, name))
 
 
 def documents(batch):
