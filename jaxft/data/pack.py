@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxft.data.examples import Examples
 
-STRETCHES = 1024
+BLOCK = 2**20
+"""Tokens looked at together."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,17 @@ def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
 
 
 def counted(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """How many of `flags[start:stop]` are not zero, for each of these stretches, which follow one another.
-
-    Looks at some of them at a time: flags may lie on disk."""
-    found = np.empty(len(start), np.int64)
-    for at in range(0, len(start), STRETCHES):
-        low, high = start[at : at + STRETCHES], stop[at : at + STRETCHES]
-        first = int(low[0])
-        before = np.concatenate(([0], np.cumsum(flags[first : int(high[-1])] != 0)))
-        found[at : at + STRETCHES] = before[high - first] - before[low - first]
-    return found
+    """How many of `flags[start:stop]` are not zero, for each of these stretches. Flags may lie on disk: they are looked
+    at block by block."""
+    places = np.concatenate((start, stop))
+    order, found, total = np.argsort(places, kind="stable"), np.zeros(len(places), np.int64), 0
+    for low in range(0, len(flags), BLOCK):
+        before = np.concatenate(([total], total + np.cumsum(flags[low : low + BLOCK] != 0)))
+        first, last = np.searchsorted(places, (low, low + len(before) - 1), side="left", sorter=order)
+        last = len(order) if low + BLOCK >= len(flags) else last
+        found[order[first:last]] = before[places[order[first:last]] - low]
+        total = int(before[-1])
+    return found[len(start) :] - found[: len(start)]
 
 
 def together(combine: np.ufunc, values: np.ndarray, group: int) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxft.data import arrow
 from jaxft.data.errors import DataError, short
 
-BLOCK = 2**24
+BLOCK = 2**20
 """Bytes of a file that are looked at together."""
 SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval"}
 

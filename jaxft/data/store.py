@@ -29,6 +29,8 @@ VERSION = 1
 PROGRESS = "progress.json"
 FLUSH = 2**26
 """Bytes written between two times that progress is."""
+TOGETHER = 2**20
+"""Tokens copied at once."""
 ARRAYS: dict[str, Any] = {
     "tokens": np.int32, "loss": np.bool_,
     "lengths": np.int64, "rows": np.int64, "keys": np.uint64, "tasks": np.int32,
@@ -158,8 +160,8 @@ def copied(arrays: dict[str, Any], lengths: np.ndarray, keep: np.ndarray) -> dic
                 with open(file.with_suffix(".new"), "wb") as out:
                     for low, high in edges.tolist():
                         first, last = int(ends[low] - lengths[low]), int(ends[high - 1])
-                        for at in range(first, last, FLUSH // 4):
-                            out.write(array[at : min(at + FLUSH // 4, last)].tobytes())
+                        for at in range(first, last, TOGETHER):
+                            out.write(array[at : min(at + TOGETHER, last)].tobytes())
                     out.flush()
                     os.fsync(out.fileno())
                 os.replace(out.name, file)

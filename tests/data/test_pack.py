@@ -154,3 +154,15 @@ def test_tens_of_thousands_take_a_moment():
     assert time.process_time() - start < 3
     used = (plan.pieces.stop - plan.pieces.start).sum()
     assert used / (len(plan) * 2048) > 0.995
+
+
+def test_what_is_learnt_is_counted_block_by_block(monkeypatch):
+    rng = np.random.default_rng(0)
+    flags = rng.random(50) < 0.5
+    start = np.sort(rng.integers(0, 51, 12))
+    stop = np.minimum(start + rng.integers(0, 20, 12), 50)
+    for block in (1, 3, 25, 50, 64):
+        monkeypatch.setattr(pack, "BLOCK", block)
+        expected = [flags[a:b].sum() for a, b in zip(start, stop, strict=True)]
+        np.testing.assert_array_equal(pack.counted(flags, start, stop), expected)
+    assert pack.counted(flags[:0], start[:0], stop[:0]).shape == (0,)
