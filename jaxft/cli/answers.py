@@ -15,6 +15,7 @@ from jaxft.model import Model
 from jaxft.models.decoder import Execution
 from jaxft.rollout import generate, replies
 from jaxft.rollout.replies import Reply
+from jaxft.training import by_source
 from jaxft.training.evaluate import Evaluator
 from jaxft.training.state import TrainState
 
@@ -28,7 +29,7 @@ def chosen(config: RunConfig, held_out: Examples | None, form: str, base: Model)
     wanted = 0 if base.config.labels else max(config.eval.samples, config.eval.exact_match)
     if held_out is None or wanted == 0:
         return []
-    found = data.prompts(held_out.source_rows()[:wanted], form, config.data, base.tokenizer)
+    found = data.prompts_of(held_out, form, config.data, base.tokenizer, wanted)
     room = base.config.max_positions - config.generate.max_new_tokens - sum(assemble.virtual(config).values())
     return [prompt for prompt in found if len(prompt.tokens) <= room] if base.config.learned_positions else found
 
@@ -70,8 +71,15 @@ def ask(
 def tell(config: RunConfig, folder: Path, step: int, said: Sequence[Reply], tokenizer: Any) -> dict[str, float]:
     """Appends the samples to a run's own, and returns the share of exact answers (if asked for)."""
     write(folder / FILE, step, said[: config.eval.samples], tokenizer)
-    scored = said[: config.eval.exact_match]
-    return {"exact_match": sum(reply.exact for reply in scored) / len(scored)} if scored else {}
+    return exact(said[: config.eval.exact_match])
+
+
+def exact(said: Sequence[Reply]) -> dict[str, float]:
+    """``exact_match``, the share of replies that are the answer of the data, and that of each source of a mixture."""
+    groups = {"exact_match": said}
+    for name in dict.fromkeys(reply.prompt.source for reply in said if reply.prompt.source):
+        groups[f"{by_source.PREFIX}{name}/exact_match"] = [reply for reply in said if reply.prompt.source == name]
+    return {name: sum(reply.exact for reply in own) / len(own) for name, own in groups.items() if own}
 
 
 def ends(config: RunConfig, base: Model) -> list[int]:

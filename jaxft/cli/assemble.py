@@ -27,11 +27,12 @@ from jaxft.models import flops, slots
 from jaxft.models.decoder import Execution
 from jaxft.models.divergences import Divergence
 from jaxft.objectives import OBJECTIVES
+from jaxft.objectives.terms import Objective
 from jaxft.peft import native, store
 from jaxft.rollout import anchored, members, score
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
-from jaxft.training import optim, paged, prefetch, state
+from jaxft.training import by_source, optim, paged, prefetch, state
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
@@ -146,6 +147,12 @@ def execution(config: RunConfig, mesh: Mesh | None) -> Execution:
         paged.check(jax.local_devices()[0], "train.remat=offload")
     gather = None if mesh is None else rules.gather(mesh)
     return Execution(config.train.remat, unroll[config.train.unroll], attention, mesh, gather)
+
+
+def objective(config: RunConfig, examples: Examples) -> Objective:
+    """What is minimised; of a mixture, with metrics of each source."""
+    names = () if examples.mixture is None else examples.mixture.names
+    return by_source.by_source(OBJECTIVES[config.objective.name], names)
 
 
 def scorer(config: RunConfig, base: Model, how: Execution, differs: tree.Params | None = None) -> score.Score:

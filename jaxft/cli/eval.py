@@ -24,7 +24,8 @@ from jaxft.cli import others as others_
 from jaxft.cli.target import Target
 from jaxft.config import RunConfig
 from jaxft.core import tree
-from jaxft.data import DataConfig, Examples, Loader, records
+from jaxft.data import DataConfig, Examples, Loader
+from jaxft.data import examples as examples_
 from jaxft.data.records import Row
 from jaxft.data.retold import Retold
 from jaxft.model import Model
@@ -67,7 +68,7 @@ def command(args: argparse.Namespace) -> int:
     """Measures and prints."""
     found = target.find(args.target, _other_data(args.overrides))
     config = found.config
-    if not config.data.path and config.data.eval_path is None:
+    if not config.data.given and config.data.eval_path is None:
         raise ConfigError("say on which data: data.path=rows.jsonl")
     mesh = assemble.devices(config)
     model, params = target.load(found, mesh)
@@ -80,8 +81,7 @@ def command(args: argparse.Namespace) -> int:
     values = evaluate.summary(measured) | forgetting.measured(config, model, params, how)
     table = reliability(measured)
     said = _replies(found, model, params, examples, form, how, args.limit, args.shots)
-    if said:
-        values["exact_match"] = sum(reply.exact for reply in said) / len(said)
+    values |= answers.exact(said)
     if args.replies is not None:
         answers.write(args.replies, 0, said, model.tokenizer)
     products = precision.products(found, examples, how) if args.products else []
@@ -98,8 +98,10 @@ def command(args: argparse.Namespace) -> int:
 
 
 def _other_data(overrides: list[str]) -> list[str]:
-    """With `data.path` given, what the config held out of other data is meant no more."""
+    """With `data.path` given, what the config held out of other data is meant no more, nor are its sources."""
     keys = {word.partition("=")[0] for word in overrides}
+    if keys & {"data.path", "data.eval_path"}:
+        overrides = ["data.sources={}", *overrides]
     if "data.path" not in keys or any(key.startswith("data.eval_") for key in keys):
         return overrides
     return [*overrides, "data.eval_path=null", "data.eval_split=null", "data.eval_fraction=0", "data.eval_examples=0"]
@@ -116,15 +118,15 @@ def held_out(config: DataConfig, model: Model, rows: str = "tokens", reserved: i
         return prepared.train, prepared.format, f"{path}" + (f" ({split})" if config.eval_split else "")
     prepared = data.prepare(config, model.tokenizer, rows, reserved)
     if prepared.held_out is not None and len(prepared.held_out):
-        return prepared.held_out, prepared.format, f"the part held out of {config.path}"
-    return prepared.train, prepared.format, str(config.path)
+        return prepared.held_out, prepared.format, f"the part held out of {config.path or ', '.join(config.sources)}"
+    return prepared.train, prepared.format, str(config.path or ", ".join(config.sources))
 
 
 def losses(config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution) -> dict[str, Any]:
     """The objective's terms, metrics and tables, for `evaluate.summary`: means over all target tokens, pairs or steps.
     The reference, where there is one, and the start are the model without the adapter, unless another is named."""
     config = others_.live(config)
-    objective, chosen = OBJECTIVES[config.objective.name], config.objective.value
+    objective, chosen = assemble.objective(config, examples), config.objective.value
     asked = objective.asked(chosen)
     others = others_.load(config, model, how.mesh)
     for view in {"reference", "start"} & {*asked.views} - {*others}:
@@ -136,7 +138,7 @@ def losses(config: RunConfig, model: Model, params: tree.Params, examples: Examp
     if others_.retells(config):
         retold = Retold(held_out(config.data, others["teacher"])[0])
     batches = functools.partial(
-        Loader, examples, settings, batch_rows=config.train.batch, epochs=1, reserved=reserved,
+        Loader, examples.once(), settings, batch_rows=config.train.batch, epochs=1, reserved=reserved,
         mismatched="kl" in asked.asides, beside=retold,
     )  # fmt: skip
     frozen = step.Models(jax.tree.map(lambda leaf: None, params), others_.handed_over(others, False))
@@ -168,8 +170,8 @@ def _replies(
     config = found.config
     if model.config.labels:
         return []
-    rows = [] if limit == 0 else examples.source_rows()[:limit]
-    prompts = data.prompts(rows, form, config.data, model.tokenizer, _shots(config.data, shots))
+    shown = _shots(config.data, shots)
+    prompts = [] if limit == 0 else data.prompts_of(examples, form, config.data, model.tokenizer, limit, shown)
     greedy = dataclasses.replace(config.generate, temperature=0.0)
     end = answers.ends(config, model)
     return replies.replies(model.config, params, prompts, model.tokenizer, greedy, end, execution=how)
@@ -181,7 +183,9 @@ def _shots(config: DataConfig, count: int) -> list[Row]:
         return []
     if config.eval_path is None and config.eval_split is None:
         raise ConfigError("--shots takes rows of data.path, which is evaluated itself; name other rows: data.eval_path")
-    source = records.read(config.path, config.split, config.subset, count, config.columns)
+    if config.sources:
+        raise ConfigError("--shots takes rows of data.path, and there are several sources; name one: data.path")
+    source = examples_.read(dataclasses.replace(config, limit=count))
     found = data.opened(source, config.path, config)[0].rows(0, count)
     return [row for row in found if isinstance(row, Row)]
 
@@ -190,7 +194,7 @@ def _show(source: str, examples: Examples, values: dict[str, float], said: list[
     console = Console(highlight=False, markup=False)
     table = Table(title=f"{source}: {len(examples):,} examples", title_justify="left", show_header=False)
     for name, value in values.items():
-        share = name in summary.SHARES
+        share = name.endswith(summary.SHARES)
         counted = f" of {len(said):,} replies" if name == "exact_match" else ""
         table.add_row(name.replace("_", " "), (f"{value:.1%}" if share else f"{value:.4g}") + counted)
     console.print(table)

@@ -262,7 +262,7 @@ class Beforehand:
 
         fixed, put = dataclasses.replace(config.data, shuffle=False), mesh_.placer(self.how.mesh)
         how = {"batch_rows": config.train.batch, "epochs": 1, "reserved": self._reserved, "mismatched": False}
-        loader, out = Loader(examples, fixed, **how), np.zeros(len(examples.tokens), np.float32)
+        loader, out = Loader(examples.once(), fixed, **how), np.zeros(len(examples.tokens), np.float32)
         self.console.print(f"reference: log-probabilities of {len(examples):,} sequences ({part}), kept in {place}")
         for number, batch in enumerate(loader):
             said = np.asarray(logp(params, put(prefetch.split(batch, 1))))

@@ -66,7 +66,7 @@ def _with(found: Target, quant: QuantConfig) -> Target:
 
 def _calibrated(found: Target, quant: QuantConfig) -> tuple[Model, tree.Params]:
     """The model quantised by GPTQ. Raises ConfigError where there are no data to measure."""
-    if not found.config.data.path:
+    if not found.config.data.given:
         raise ConfigError("quant.method=gptq measures the model's inputs on data; say which: data.path=rows.jsonl")
     model, params = target.load(_with(found, dataclasses.replace(quant, method="none")))
     model = dataclasses.replace(model, params=params)

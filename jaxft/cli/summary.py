@@ -11,6 +11,7 @@ from rich.table import Table
 
 from jaxft.cli import answers, assemble, heads
 from jaxft.config import RunConfig
+from jaxft.training import by_source
 from jaxft.training.loop import Result
 
 SHOWN = (
@@ -47,11 +48,14 @@ def _changes(console: Console, folder: Path) -> None:
         table.add_column("before" if row["step"] == 0 else f"step {row['step']}", justify="right")
     if len(rows) > 1:
         table.add_column("change", justify="right")
-    for name in SHOWN:
+    told = tuple(f"/{name}" for name in SHOWN if name != "loss")
+    own = [name.removeprefix("eval_") for name in last if name.startswith(f"eval_{by_source.PREFIX}")]
+    for name in [*SHOWN, *(name for name in own if name.endswith(told))]:
         if f"eval_{name}" in last:
             values = [row.get(f"eval_{name}") for row in ([first, last] if len(rows) > 1 else [last])]
             changed = [change(name, *values)] if len(rows) > 1 else []
-            table.add_row(name.replace("_", " "), *(number(name, value) for value in values), *changed)
+            shown = name.removeprefix(by_source.PREFIX).replace("_", " ")
+            table.add_row(shown, *(number(name, value) for value in values), *changed)
     console.print(table)
 
 
@@ -59,14 +63,14 @@ def number(name: str, value: float | None) -> str:
     """A metric as it is shown."""
     if value is None:
         return ""
-    return f"{value:.1%}" if name in SHARES else f"{value:.4g}"
+    return f"{value:.1%}" if name.endswith(SHARES) else f"{value:.4g}"
 
 
 def change(name: str, first: float | None, last: float | None) -> str:
     """A metric's change: points of a share, part of a perplexity, else the difference."""
     if first is None or last is None:
         return ""
-    if name in SHARES:
+    if name.endswith(SHARES):
         return f"{100 * (last - first):+.1f} points"
     return f"{last / first - 1:+.1%}" if name.endswith("perplexity") else f"{last - first:+.4g}"
 

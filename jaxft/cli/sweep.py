@@ -28,7 +28,6 @@ from jaxft.core.weight import Slot
 from jaxft.data import Prompt
 from jaxft.model import Model
 from jaxft.models.decoder import Execution
-from jaxft.objectives import OBJECTIVES
 from jaxft.peft import native
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding import rules
@@ -68,7 +67,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     changed = one.changed
     del parts, one, common
 
-    objective, settings = OBJECTIVES[config.objective.name], config.objective.value
+    objective, settings = assemble.objective(config, material.prepared.train), config.objective.value
     eval_step = sweep.make_eval_step(objective, settings, score, len(runs))
     if material.held_out is not None:
         batch = prefetch.split(material.train.batch(0), config.train.accumulate)

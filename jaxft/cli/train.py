@@ -24,7 +24,6 @@ from jaxft.cli.job import Job, Material
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.model import Model
-from jaxft.objectives import OBJECTIVES
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import evaluate, loop, prefetch, step
 from jaxft.training.evaluate import Evaluator
@@ -65,7 +64,7 @@ def run(config: RunConfig) -> int:
     """The whole run: 0 when it is complete, 1 when a member of a sweep failed, 130 or 143 when a signal ended it (the
     state is saved)."""
     console = Console(highlight=False)
-    if not config.data.path:
+    if not config.data.given:
         raise ConfigError("`data.path` must be given: a file or data set to train on, data.path=rows.jsonl")
     others_.check(config)
     forgetting.check(config)
@@ -128,7 +127,7 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
     changed = parts.changed
     del parts, fisher  # the state holds its own copy of what is trained
 
-    objective, settings = OBJECTIVES[config.objective.name], config.objective.value
+    objective, settings = assemble.objective(config, material.prepared.train), config.objective.value
     eval_step = step.make_eval_step(objective, settings, score)
     if material.held_out is not None:
         batch = prefetch.split(others_.stand_in(config, material.train.batch(0)), config.train.accumulate)

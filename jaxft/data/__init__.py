@@ -15,10 +15,11 @@ resuming is exact and free, whatever the number of workers.
 
 from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
-from jaxft.data.examples import Examples, Prepared, opened, prepare
+from jaxft.data.examples import Examples, Prepared, opened
 from jaxft.data.loader import Loader
+from jaxft.data.mixture import prepare
 from jaxft.data.preview import preview
-from jaxft.data.prompts import Prompt, prompts
+from jaxft.data.prompts import Prompt, prompts, prompts_of
 from jaxft.data.report import Report
 from jaxft.data.template import install
 
@@ -35,4 +36,5 @@ __all__ = [
     "prepare",
     "preview",
     "prompts",
+    "prompts_of",
 ]

@@ -57,7 +57,7 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
         try:
             if isinstance(row, DataError):
                 raise row
-            made, task = groups.groups_of(encoder, row), task_of(row, encoder.task_column)
+            made, task = groups.groups_of(encoder, row), task_of(row, encoder.task_column, encoder.task)
         except DataError as error:
             errors[number] = error
             continue
@@ -89,9 +89,9 @@ def encode(encoder: Encoder, rows: list[Row | DataError], first: int) -> Chunk:
     )
 
 
-def task_of(row: Row, column: str | None) -> int:
-    """The number of the row's task; 0 where the data have no column for it."""
-    task = 0 if column is None else row.fields.get(column)
+def task_of(row: Row, column: str | None, default: int = 0) -> int:
+    """The number of the row's task; the default where the data have no column for it."""
+    task = default if column is None else row.fields.get(column)
     if isinstance(task, bool) or not isinstance(task, int) or task < 0:
         remedy = "Number the tasks, or leave data.task_column out."
         raise DataError(row.where, str(column), repr(task), "a whole number from 0 on", remedy)
@@ -99,7 +99,10 @@ def task_of(row: Row, column: str | None) -> int:
 
 
 def key_of(row: Row) -> int:
-    """64 bits of the row's content, or of the tree that it is of: what decides whether it is held out."""
+    """64 bits of the row's content (as it was before a prompt template told it), or of the tree that it is of: what
+    decides whether it is held out."""
+    if row.content is not None:
+        return row.content
     fields = {trees.TREE: row.fields[trees.TREE]} if row.fields.get(trees.TREE) else row.fields
     content = json.dumps(fields, sort_keys=True, default=str, ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxft.data import encode, formats, records, store, texts, trees
+from jaxft.data import encode, formats, records, store, texts, trees, wordings
 from jaxft.data.config import DataConfig
 from jaxft.data.encode import Chunk
 from jaxft.data.errors import DataError
 from jaxft.data.forms import Conversation, Stepwise, parsed, taught
 from jaxft.data.records import Row
+from jaxft.data.sources import Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -61,11 +62,19 @@ class Examples:
     """What else is known of each example: `label`, `margin`."""
     steps: np.ndarray | None = None
     """As long as `tokens`: 2 where a right step ends, 1 where a wrong one does; None without steps."""
+    mixture: Mixture | None = None
+    """The sources they are of, if there are several."""
 
     @property
     def group(self) -> int:
         """How many examples in a row belong together."""
         return 2 if self.form == "pairs" else 1
+
+    def once(self) -> "Examples":
+        """The same, each row of which comes once in an epoch whatever the parts of a mixture."""
+        if self.mixture is None:
+            return self
+        return dataclasses.replace(self, mixture=dataclasses.replace(self.mixture, once=True))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,6 +88,7 @@ class Examples:
         state = hashlib.blake2b(self.form.encode() if self.form != "tokens" else b"", digest_size=16)
         steps = [] if self.steps is None else [self.steps]
         more = [*([self.tasks] if self.tasks.any() else []), *self.columns.values(), *steps]
+        more += [] if self.mixture is None else [np.array(self.mixture.edges, np.int64)]
         for array in (self.tokens, self.loss, self.offsets, *more):
             state.update(np.ascontiguousarray(array).view(np.uint8).data)
         return state.hexdigest()
@@ -102,20 +112,14 @@ class Prepared:
 def prepare(
     config: DataConfig, tokenizer: "PreTrainedTokenizerFast", rows: str = "tokens", reserved: int = 0
 ) -> Prepared:
-    """Read and tokenise everything the config names. Raises DataError at the first bad row, unless skipping.
-
-    ``rows``: what the objective wants of them (`Objective.rows`): tokens to learn, pairs of a chosen and a rejected
-    completion, labelled completions (pairs are taken apart), or solutions with labelled steps.
-    ``reserved``: positions of a sequence that a trained prompt takes (see `Loader`)."""
+    """`mixture.prepare` of a config without a mixture."""
     check(config, rows)
     loaded = functools.partial(load, config=config, tokenizer=tokenizer, rows=rows, reserved=reserved)
-    source = records.read(config.path, config.split, config.subset, config.limit, config.columns)
-    train, keys, format = loaded(source, config.path)
+    train, keys, format = loaded(read(config), config.path)
     held_out = None
     if config.eval_path is not None or config.eval_split is not None:
         path, split = config.eval_path or config.path, config.eval_split or config.split
-        other = records.read(path, split, config.subset, None, config.columns)
-        held_out, _, _ = loaded(other, path)
+        held_out, _, _ = loaded(read(dataclasses.replace(config, path=path, split=split, limit=None)), path)
     elif config.eval_fraction or config.eval_examples:
         aside = hold_out(train.rows, keys, config)
         train, held_out = select(train, ~aside), select(train, aside)
@@ -123,6 +127,12 @@ def prepare(
         got = f"no example to train on ({train.reading.rows} rows, {train.reading.skipped} skipped)"
         raise DataError(str(config.path), "", got, "at least one", "See data.on_error, data.eval_fraction, data.limit.")
     return Prepared(train, held_out, format)
+
+
+def read(config: DataConfig) -> records.Records:
+    """The rows of `data.path`, told by prompt templates if there are any."""
+    source = records.read(config.path, config.split, config.subset, config.limit, config.columns)
+    return source if config.prompts is None else wordings.told(source, config)
 
 
 def check(config: DataConfig, rows: str) -> None:

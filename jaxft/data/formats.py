@@ -31,14 +31,18 @@ __all__ = ["Conversation", "Document", "Form", "Pair", "convert", "detect"]
 def detect(rows: Iterable[Row | DataError], where: str, wanted: str = "tokens") -> str:
     """The format of the first good row, among those for the `wanted` rows; the first that claims it."""
     keys: list[str] = []
+    bad: list[DataError] = []
     for row in rows:
         if isinstance(row, DataError):
+            bad.append(row)
             continue
         keys = sorted(row.fields)
         for name, format in FORMATS[wanted].items():
             if format.claims(row.fields):
                 return name
         break
+    if bad and not keys:
+        raise bad[0]
     known = "; ".join(f"{name}: {', '.join(format.fields)}" for name, format in FORMATS[wanted].items())
     got = f"columns {keys}" if keys else "no row that can be read"
     remedy = "Name the columns with data.columns, such as {question: prompt, answer: completion}."

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data import pack, sequences
+from jaxft.data import mixture, pack, sequences
 from jaxft.data import report as report_
 from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
@@ -26,7 +26,8 @@ FOREVER = 2**60
 
 class Loader:
     """An iterator over batches `[batch_rows, T]`: `tokens`, `positions`, `loss_mask`, `segments` if packed, and
-    `task_ids` if the examples are of several tasks.
+    `task_ids` if the examples are of several tasks. Of a mixture each row is of one source, whose number is in
+    `source`, int32 `[batch_rows]`.
 
     Rows of whole sequences, for objectives that judge them, always have `segments`, which number a row's sequences
     from 1, and arrays `[batch_rows, S]`, S being the most that a row of this loader holds: `sequence_mask` and what is
@@ -67,14 +68,15 @@ class Loader:
         whole = whole_blocks(config.max_length * examples.group, config)
         self.length = whole if self.segmented else whole - reserved
         longest = 2**62 if config.packing == "wrapped" else room
-        found = pack.pieces(examples, longest, config.overlong)
-        if not len(found):
+        plans = [self._plan(part, longest) for part in mixture.parts(examples)]
+        self.mixed = None if examples.mixture is None else mixture.Mixed(examples, config, plans, batch_rows)
+        self.plan = pack.joined(plans, [0] if self.mixed is None else self.mixed.shifts)
+        if not len(self.plan):
             got, remedy = (
                 "no example with anything to learn",
                 "See the report: raise data.max_length or set data.overlong.",
             )
             raise DataError("", "data", got, "at least one", remedy)
-        self.plan = pack.plan(found, self.length, config.packing, reserved if self.segmented else 0)
         self.room = room
         self._beside = None if beside is None else beside.beside(examples, self.plan, room, config)
         self.kl_length = 0
@@ -103,18 +105,17 @@ class Loader:
 
     def batch(self, number: int) -> Batch:
         """Batch `number`, counted from the start of the first epoch."""
-        turn, index = divmod(int(number), self.batches_per_epoch)
-        rows = self._rows(turn)
-        first = index * self.batch_rows
+        rows, first, which = self._rows_of(int(number))
         shape = (self.batch_rows, self.length)
         made = assemble(self.examples, rows, first, shape, self.segmented, self.reserved)
         made |= {} if self._beside is None else self._beside(rows, first, shape)
+        made |= {} if which is None else {"source": which}
         return made | self._sequences(rows, first) if self.judged else made
 
     def places(self, number: int) -> list[tuple[int, int, int, int]]:
         """Where the tokens of batch `number` lie: `pack.places`."""
-        turn, index = divmod(int(number), self.batches_per_epoch)
-        return pack.places(self._rows(turn), index * self.batch_rows, self.batch_rows, self.plan.reserved)
+        rows, first, _ = self._rows_of(int(number))
+        return pack.places(rows, first, self.batch_rows, self.plan.reserved)
 
     def state(self) -> dict[str, Any]:
         """The cursor behind the last consumed batch, and what it belongs to; JSON."""
@@ -141,8 +142,10 @@ class Loader:
             self._ahead.close()
         self._ahead = None
 
-    def report(self) -> "report_.Report":
+    def report(self) -> "report_.Report | report_.Reports":
         """What became of the rows: lengths, what is learnt, what was cut or left out, how full the rows are."""
+        if self.mixed is not None:
+            return self.mixed.report()
         return report_.report(self.examples, self.plan, self._rows(0))
 
     def _start(self) -> Any:
@@ -152,6 +155,19 @@ class Loader:
         # One thread keeps order and cost low: a batch is a few copies of memory.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.config.prefetch)
         return iter(grain.MapDataset.range(self._consumed, stop).map(self.batch).to_iter_dataset(options))
+
+    def _plan(self, part: Examples, longest: int) -> pack.Plan:
+        """How the examples of a source share rows."""
+        found = pack.pieces(part, longest, self.config.overlong)
+        return pack.plan(found, self.length, self.config.packing, self.reserved if self.segmented else 0)
+
+    def _rows_of(self, number: int) -> tuple[pack.Epoch, int, np.ndarray | None]:
+        """Rows, the first of them that is in this batch, and the source of each."""
+        if self.mixed is not None:
+            rows, which = self.mixed.batch(number)
+            return rows, 0, which
+        turn, index = divmod(number, self.batches_per_epoch)
+        return self._rows(turn), index * self.batch_rows, None
 
     def _rows_of_epoch(self, number: int) -> pack.Epoch:
         return pack.epoch(self.plan, self.config.seed, number, self.config.shuffle)
@@ -181,6 +197,7 @@ class Loader:
             "overlong": config.overlong,
             "shuffle": config.shuffle,
             "seed": config.seed,
+            **({} if self.mixed is None else self.mixed.identity()),
         }
 
     @functools.cached_property

@@ -140,6 +140,29 @@ def plan(found: Pieces, capacity: int, packing: str, reserved: int = 0) -> Plan:
     return Plan(found, capacity, packing, np.argsort(row, kind="stable"), offsets, reserved)
 
 
+def joined(plans: Sequence[Plan], shifts: Sequence[int]) -> Plan:
+    """The rows of several plans one after the other, the tokens of each beginning at its shift; slots are sorted anew.
+
+    For what holds of any row (how many there are, how wide they get); `epoch` is of each plan alone."""
+    if len(plans) == 1:
+        return plans[0]
+    start, stop = (
+        np.concatenate([getattr(plan.pieces, end) + shift for plan, shift in zip(plans, shifts, strict=True)])
+        for end in ("start", "stop")
+    )
+    lengths = np.concatenate([np.sort(plan.pieces.lengths)[::-1] for plan in plans])
+    place = np.empty(len(lengths), np.int64)
+    place[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
+    first = np.cumsum([0, *(len(plan.pieces) for plan in plans)])
+    held = [0, *(len(plan.slots) for plan in plans)]
+    slots = np.concatenate([plan.slots + begin for plan, begin in zip(plans, first, strict=False)])
+    offsets = [plan.offsets[1:] + before for plan, before in zip(plans, np.cumsum(held), strict=False)]
+    one = plans[0]
+    made = Pieces(start, stop, group=one.pieces.group)
+    slots = place[slots] if one.packing != "wrapped" else slots
+    return Plan(made, one.capacity, one.packing, slots, np.concatenate(([0], *offsets)), one.reserved)
+
+
 def best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
     """The row of each length (sorted, longest first): the fullest row that still has room, else a new one."""
     free = 0  # bit s is set when some row has s tokens free

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxft.data.config import DataConfig
-from jaxft.data.examples import prepare
 from jaxft.data.loader import Batch, Loader
+from jaxft.data.mixture import prepare
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,8 @@ def preview(
     console.print(legend(console, form))
     batch = loader.batch(0)
     for row in range(min(rows, batch_rows, len(loader.plan))):
-        console.rule(f"row {row + 1}")
+        source = f" ({loader.mixed.mixture.names[batch['source'][row]]})" if loader.mixed else ""
+        console.rule(f"row {row + 1}{source}")
         shown = without_prompts({name: array[row] for name, array in batch.items()}, reserved)
         if form == "tokens":
             console.print(tokens_in_colour(shown, tokenizer, console), soft_wrap=True)

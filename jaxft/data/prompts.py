@@ -1,11 +1,14 @@
 """Prompts with the answers that the data gives: for samples during training, and for exact match."""
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from jaxft.data import encode, formats, template, texts
+from jaxft.data import encode, formats, mixture, template, texts
 from jaxft.data.config import DataConfig
+from jaxft.data.examples import Examples
 from jaxft.data.forms import Conversation, Pair, taught
 from jaxft.data.records import Row
 
@@ -23,6 +26,28 @@ class Prompt:
     where: str
     task: int = 0
     """The number of its task."""
+    source: str = ""
+    """The source of a mixture that it is of."""
+
+
+def prompts_of(
+    examples: Examples,
+    format: str,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    limit: int | None = None,
+    shots: Sequence[Row] = (),
+) -> list[Prompt]:
+    """The prompts of the first rows behind examples (see `prompts`); of a mixture a row of each source in turn."""
+    if examples.mixture is None:
+        return prompts(examples.source_rows()[:limit], format, config, tokenizer, shots)
+    found = []
+    about = zip(examples.mixture.names, examples.mixture.settings, examples.mixture.formats, strict=True)
+    for (name, own, written), part in zip(about, mixture.parts(examples), strict=True):
+        said = prompts(part.source_rows()[:limit], written, own, tokenizer, shots)
+        found.append([dataclasses.replace(prompt, source=name) for prompt in said])
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*found))
+    return [prompt for prompt in turns if prompt is not None][:limit]
 
 
 def prompts(
@@ -46,7 +71,7 @@ def prompts(
     prefix, _ = texts.ends(tokenizer)
     found = []
     for form, row in forms:
-        task = encode.task_of(row, config.task_column)
+        task = encode.task_of(row, config.task_column, config.task)
         if isinstance(form, Pair):
             text = before + form.prompt
             ids = tuple(prefix + tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -32,6 +32,8 @@ class Row:
 
     fields: dict[str, Any]
     where: str
+    content: int | None = None
+    """64 bits of what it was made of, where that are other columns; rows of the same are held out together."""
 
 
 class Source(Protocol):
@@ -214,6 +216,8 @@ def fingerprint(source: Source) -> Any:
         return [source.label, source.table._fingerprint]
     if isinstance(source, Memory):
         return hashlib.blake2b(repr(source.items).encode("utf-8", "surrogatepass")).hexdigest()
+    if (identity := getattr(source, "identity", None)) is not None:
+        return identity()
     got = f"rows made by {type(source).__name__}"
     raise DataError("", "data.cache", got, "rows as they stand in files or data sets", "Leave data.cache out.")
 

@@ -93,6 +93,56 @@ class Report:
         yield from (f"  {error}" for error in read.errors)
 
 
+@dataclass(frozen=True)
+class Reports:
+    """The reports of a mixture's sources, and the parts in which they are mixed."""
+
+    sources: dict[str, Report]
+    parts: dict[int, dict[str, float]]
+    """By step, each source's part of the rows of a batch."""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Rows of an epoch: those of all sources."""
+        return sum(report.rows for report in self.sources.values())
+
+    def lines(self) -> list[str]:
+        """A table of the sources, and what there is to say of each."""
+        said = [f"{len(self.sources)} sources, {self.rows:,} rows an epoch", *self._table()]
+        said += [f"! source {name} left out: its weight is 0" for name in self.left_out]
+        for name, report in self.sources.items():
+            said += [
+                f"{'! ' if line.startswith('!') else ''}{name}: {line.removeprefix('! ')}" for line in report.lines()
+            ]
+        return said
+
+    def shares(self, step: int) -> dict[str, tuple[float, float, float]]:
+        """From a step of `parts` on, of each source: its part of the rows, its part of the tokens, and how often an
+        epoch of the mixture goes through it."""
+        tokens = {name: self.parts[step][name] * r.packed_tokens / r.rows for name, r in self.sources.items()}
+        return {
+            name: (
+                self.parts[step][name],
+                tokens[name] / sum(tokens.values()),
+                self.parts[step][name] * self.rows / r.rows,
+            )
+            for name, r in self.sources.items()
+        }
+
+    def _table(self) -> Iterator[str]:
+        width = max(map(len, [*self.sources, "source"]))
+        heads = f"{'examples':>11} {'tokens':>13} {'rows':>9} {'of rows':>8} {'of tokens':>9} {'times':>7}"
+        yield f"{'source':<{width}} {heads}"
+        for step in self.parts:
+            if len(self.parts) > 1:
+                yield f"from step {step:,} on" if step == max(self.parts) else f"at step {step:,}"
+            for name, (rows, tokens, times) in self.shares(step).items():
+                r = self.sources[name]
+                counted = f"{r.examples:>11,} {r.packed_tokens:>13,} {r.rows:>9,}"
+                yield f"{name:<{width}} {counted} {rows:>8.1%} {tokens:>9.1%} {times:>7.2f}"
+
+
 def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
     """The report of examples packed by a plan into the rows of the first epoch."""
     found, lengths = plan.pieces, np.diff(examples.offsets)

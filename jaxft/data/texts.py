@@ -46,6 +46,8 @@ class Encoder:
     """What stands after each step of a solution."""
     margin: bool = False
     """Whether the first good row has a margin: then all must."""
+    task: int = 0
+    """The task of rows without a column for it."""
     leads: dict[str, list[int]] = field(default_factory=dict)
     """Tokens of the stretches that lead up to learnt parts, which are few and come again and again."""
 
@@ -104,6 +106,7 @@ def encoder(
         config.max_length - reserved if rows != "tokens" and config.overlong == "truncate" else None,
         config.step_separator,
         margin,
+        config.task,
     )
 
 

@@ -9,7 +9,7 @@ import jax
 
 from jaxft.objectives import calibration, terms
 from jaxft.objectives.terms import Means
-from jaxft.training import prefetch
+from jaxft.training import by_source, prefetch
 from jaxft.training.config import EvalConfig
 from jaxft.training.prefetch import Host, Place
 from jaxft.training.state import TrainState
@@ -52,21 +52,25 @@ def measure(
             sums = more if sums is None else terms.add(sums, more)
         if sums is None:
             raise ValueError("eval: there are no held-out batches; leave evaluation out or give data for it")
-        return jax.device_get(terms.values(sums))
+        # Of a source of a mixture that has no held-out data there is nothing to say.
+        seen = {n: mean for n, mean in sums.items() if not n.startswith(by_source.PREFIX) or (mean.weight > 0).any()}
+        return jax.device_get(terms.values(seen))
 
     return means
 
 
 def summary(values: Mapping[str, Any]) -> dict[str, float]:
-    """``loss`` is the sum of its terms; ``perplexity`` is exp of ``nll``, where there is one, and the
+    """``loss`` is the sum of its terms; ``perplexity`` is exp of ``nll``, where there is one, of each source too, and the
     ``calibration_error`` that of a reliability table."""
-    out = {name: float(value) for name, value in calibration.concluded(values).items()}
+    concluded = calibration.concluded(values)
+    out = {name: float(value) for name, value in concluded.items() if not by_source.is_share(name)}
     parts = [name for name in out if name.startswith("loss/")]
     loss = sum(out[name] for name in parts)
     if len(parts) == 1:
         del out[parts[0]]
-    if "nll" in out:
-        out["perplexity"] = math.exp(min(out["nll"], LARGEST_EXPONENT))
+    own = [name for name in out if name.startswith(by_source.PREFIX) and name.endswith("/nll")]
+    for name in [*(["nll"] if "nll" in out else []), *own]:
+        out[f"{name.removesuffix('nll')}perplexity"] = math.exp(min(out[name], LARGEST_EXPONENT))
     return {"loss": loss, **out}
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.training import by_source, sinks
 from jaxft.training import evaluate as evaluate_
-from jaxft.training import sinks
 from jaxft.training.config import EvalConfig
 from jaxft.training.evaluate import Evaluator
 from jaxft.training.sinks import Sink
@@ -39,7 +39,7 @@ class Ledger:
         columns = {name: np.asarray(values, float) for name, values in metrics.items()}
         tokens = float(columns.pop("tokens"))
         for index, sink in enumerate(self.sinks):
-            values = {name: float(column[index]) for name, column in columns.items()}
+            values = by_source.present({name: float(column[index]) for name, column in columns.items()})
             self.skipped[index] += int(values["skipped"])
             if step % self.every == 0 or step == self.last or values["skipped"]:
                 sink.write(step, values | {"skipped": self.skipped[index]})

@@ -21,7 +21,7 @@ from jaxft.checkpoint import state as disk
 from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.checkpoint.state import Record
 from jaxft.core import tree
-from jaxft.training import evaluate, finite, interrupt, metrics, prefetch, progress, sinks
+from jaxft.training import by_source, evaluate, finite, interrupt, metrics, prefetch, progress, sinks
 from jaxft.training.config import EvalConfig, LogConfig, TrainConfig
 from jaxft.training.evaluate import Best, Evaluator
 from jaxft.training.finite import NonFiniteError
@@ -65,6 +65,8 @@ class _Counts:
     best: Best = field(default_factory=Best)
     evaluation: dict[str, float] = field(default_factory=dict)
     evaluated_at: int | None = None
+    sources: dict[str, int] = field(default_factory=dict)
+    """Tokens of each source of a mixture."""
 
 
 class _Pending(NamedTuple):
@@ -211,6 +213,7 @@ def _log(run: _Run, pending: _Pending | None, state: TrainState, cursor: Any) ->
     stop = run.watch.see(number, values, item.host, item.cursor)
     if values["skipped"]:
         run.bar.say(f"step {number}: loss {values['loss']}, grad_norm {values['grad_norm']}: not applied")
+    values = by_source.counted(values, tokens, counts.sources)
     counts.num_tokens += tokens
     counts.skipped += int(values["skipped"])
     counts.streak = run.watch.streak

@@ -25,6 +25,7 @@ from jaxft.core import tree
 from jaxft.core.hooks import Hooks
 from jaxft.objectives import terms
 from jaxft.objectives.terms import Asked, Batch, Carry, Follow, Means, Objective, Scores
+from jaxft.training import by_source
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
@@ -160,7 +161,7 @@ def body(
             metrics |= penalties
         metrics["grad_norm"] = each(optax.tree.norm)(grads)
         metrics["learning_rate"] = optimizer.learning_rate(state.step)
-        metrics["tokens"] = _tokens(batch)
+        metrics["tokens"] = jnp.sum(by_source.row_tokens(batch))
         fine = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         metrics["skipped"] = 1 - fine.astype(jnp.int32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, state.step, fine)
@@ -332,13 +333,3 @@ def _metrics(losses: Means, means: Means, weights: dict[str, jax.Array]) -> Metr
     each = {name: terms.divide(mean.total, weights[name]) for name, mean in losses.items()}
     several = {f"loss/{name}": value for name, value in each.items()} if len(each) > 1 else {}
     return {"loss": sum(each.values(), jnp.float32(0)), **several, **terms.values(means)}
-
-
-def _tokens(batch: Batch) -> jax.Array:
-    """Tokens that are not padding. Without segments a row is one document, whose last position tells its length."""
-    if "segments" in batch:
-        return jnp.sum(batch["segments"] > 0, dtype=jnp.int32)
-    if "positions" in batch:
-        last = jnp.max(batch["positions"], axis=-1)
-        return jnp.sum(jnp.where(last > 0, last + 1, 0), dtype=jnp.int32)
-    return jnp.int32(batch["tokens"].size)
