@@ -27,7 +27,8 @@ from jaxft.training.state import TrainState
 
 METRICS = ("general_nll", "general_perplexity")
 OWN = (
-    "subset", "split", "limit", "columns", "task_column", "format",
+    "sources", "mix", "subset", "split", "limit", "columns", "task_column", "task", "format",
+    "prompts", "prompts_a_row", "prompts_seed",
     "eval_path", "eval_split", "eval_fraction", "eval_examples",
 )  # fmt: skip
 """Settings of the task's data that say nothing of other data; how rows become tokens is common to all."""

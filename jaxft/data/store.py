@@ -78,7 +78,8 @@ def place(folder: str, source: records.Source, encoder: texts.Encoder, on_error:
         "source": records.fingerprint(source),
         "tokenizer": [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map)],
         "template": repr(encoder.render),
-        "encoder": [getattr(encoder, name) for name in ("format", "loss_on", "task_column", "task", "prefix", "suffix")],
+        "encoder": [getattr(encoder, name) for name in ("format", "loss_on", "task_column", "prefix", "suffix")],
+        "task": encoder.task,
         "on_error": on_error,
     }
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=10).hexdigest()

@@ -60,8 +60,8 @@ def measure(
 
 
 def summary(values: Mapping[str, Any]) -> dict[str, float]:
-    """``loss`` is the sum of its terms; ``perplexity`` is exp of ``nll``, where there is one, of each source too, and the
-    ``calibration_error`` that of a reliability table."""
+    """``loss`` is the sum of its terms; ``perplexity`` is exp of ``nll``, where there is one, of each source too; the
+    ``calibration_error`` is that of a reliability table."""
     concluded = calibration.concluded(values)
     out = {name: float(value) for name, value in concluded.items() if not by_source.is_share(name)}
     parts = [name for name in out if name.startswith("loss/")]
