@@ -258,7 +258,8 @@ def loaders(
     ``beside``: what stands beside the parts ``train`` and ``held_out``: see `Loader`."""
     rows, reserved = config.train.batch * config.train.accumulate, virtual(config).get("prompt", 0)
     mismatched = "kl" in OBJECTIVES[config.objective.name].asked(config.objective.value).asides
-    made = functools.partial(Loader, batch_rows=rows, reserved=reserved, mismatched=mismatched)
+    share = config.data.share_prompts and config.train.neftune_alpha == 0  # noise is scaled by a sequence's own length
+    made = functools.partial(Loader, batch_rows=rows, reserved=reserved, mismatched=mismatched, share=share)
     train = made(prepared.train, config.data, beside=beside.get("train"))
     if prepared.held_out is None:
         return train, None

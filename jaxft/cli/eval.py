@@ -139,7 +139,7 @@ def losses(config: RunConfig, model: Model, params: tree.Params, examples: Examp
         retold = Retold(held_out(config.data, others["teacher"])[0])
     batches = functools.partial(
         Loader, examples.once(), settings, batch_rows=config.train.batch, epochs=1, reserved=reserved,
-        mismatched="kl" in asked.asides, beside=retold,
+        mismatched="kl" in asked.asides, share=config.data.share_prompts, beside=retold,
     )  # fmt: skip
     frozen = step.Models(jax.tree.map(lambda leaf: None, params), others_.handed_over(others, False))
     measured = evaluate.measure(eval_step, frozen, batches, mesh_.placer(how.mesh), config.eval)

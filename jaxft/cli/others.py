@@ -262,6 +262,7 @@ class Beforehand:
 
         fixed, put = dataclasses.replace(config.data, shuffle=False), mesh_.placer(self.how.mesh)
         how = {"batch_rows": config.train.batch, "epochs": 1, "reserved": self._reserved, "mismatched": False}
+        how["share"] = config.data.share_prompts and config.train.neftune_alpha == 0
         loader, out = Loader(examples.once(), fixed, **how), np.zeros(len(examples.tokens), np.float32)
         self.console.print(f"reference: log-probabilities of {len(examples):,} sequences ({part}), kept in {place}")
         for number, batch in enumerate(loader):

@@ -156,6 +156,10 @@ class DataConfig:
     """`best_fit`: several examples in a row, each blind to the others. `wrapped`: all tokens in one stream chopped into
     full rows, documents seeing what came before them in the row (pretraining style). `none`: one example in a row."""
 
+    share_prompts: bool = True
+    """Whether the prompt of a chosen and a rejected completion is computed once for both. Saves its tokens; never
+    changes the result beyond rounding."""
+
     shuffle: bool = True
     """A new order every epoch, from `seed` and the epoch's number; otherwise the order of the file."""
     seed: int = 0

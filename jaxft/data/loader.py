@@ -33,6 +33,8 @@ class Loader:
     from 1, and arrays `[batch_rows, S]`, S being the most that a row of this loader holds: `sequence_mask` and what is
     known of each (`label`, `margin`). Of pairs, sequences 2p and 2p + 1 are the chosen and the rejected of one. Steps
     are `step_mask` and `step_label`, bool `[batch_rows, T]`: where one ends, and whether it is right.
+    With `share`, the prompt of a pair stands once in its row, and `sequences.unfolded` are the arrays by which
+    attention sees both sequences whole.
     With `mismatched`, labelled ones come with the same arrays again, under names that begin with `kl_`, for their
     prompts with the completions of others.
 
@@ -52,6 +54,7 @@ class Loader:
         epochs: int | None = None,
         reserved: int = 0,
         mismatched: bool = True,
+        share: bool = False,
         beside: Stored | Retold | Known | None = None,
     ):
         """`epochs` None goes on for ever."""
@@ -68,7 +71,7 @@ class Loader:
         whole = whole_blocks(config.max_length * examples.group, config)
         self.length = whole if self.segmented else whole - reserved
         longest = 2**62 if config.packing == "wrapped" else room
-        plans = [self._plan(part, longest) for part in mixture.parts(examples)]
+        plans = [self._plan(part, longest, share) for part in mixture.parts(examples)]
         self.mixed = None if examples.mixture is None else mixture.Mixed(examples, config, plans, batch_rows)
         self.plan = pack.joined(plans, [0] if self.mixed is None else self.mixed.shifts)
         if not len(self.plan):
@@ -77,6 +80,10 @@ class Loader:
                 "See the report: raise data.max_length or set data.overlong.",
             )
             raise DataError("", "data", got, "at least one", remedy)
+        shared = self.plan.pieces.given is not None
+        if shared and config.packing == "none":
+            self.length = whole_blocks(int(self.plan.pieces.lengths.max()) + reserved, config)
+        self.width = whole_blocks(self.plan.width, config) if shared else 0
         self.room = room
         self._beside = None if beside is None else beside.beside(examples, self.plan, room, config)
         self.kl_length = 0
@@ -156,9 +163,11 @@ class Loader:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.config.prefetch)
         return iter(grain.MapDataset.range(self._consumed, stop).map(self.batch).to_iter_dataset(options))
 
-    def _plan(self, part: Examples, longest: int) -> pack.Plan:
+    def _plan(self, part: Examples, longest: int, share: bool) -> pack.Plan:
         """How the examples of a source share rows."""
         found = pack.pieces(part, longest, self.config.overlong)
+        if share and part.form == "pairs":
+            found = pack.share(found, sequences.completions(part, found.start))
         return pack.plan(found, self.length, self.config.packing, self.reserved if self.segmented else 0)
 
     def _rows_of(self, number: int) -> tuple[pack.Epoch, int, np.ndarray | None]:
@@ -176,6 +185,9 @@ class Loader:
         """What rows of whole sequences have besides their tokens."""
         shape = (self.batch_rows, self.plan.sequences)
         found = sequences.about(self.examples, rows, first, shape)
+        if self.width:
+            wide = (self.batch_rows, self.length, self.width)
+            found |= sequences.unfolded(rows, first, wide, self.plan.reserved)
         if self.kl_length:
             other, within = sequences.mismatched(self.examples, rows, first, self.batch_rows, self.room)
             arrays = assemble(other, within, 0, (self.batch_rows, self.kl_length), True, self.reserved)
@@ -193,6 +205,7 @@ class Loader:
             "max_length": config.max_length,
             "row_length": self.length,
             "reserved": self.reserved,
+            **({"shared_prompts": True} if self.width else {}),
             "packing": config.packing,
             "overlong": config.overlong,
             "shuffle": config.shuffle,
@@ -223,12 +236,14 @@ def assemble(
         at = 0
         for number, i in enumerate(range(rows.offsets[first + row], rows.offsets[first + row + 1]), 1):
             start, stop = int(rows.start[i]), int(rows.stop[i])
-            begin, end = at + before, at + before + stop - start
+            given = rows.precedes(i)
+            begin, first_position = (at, before + given) if given else (at + before, 0)
+            end = begin + stop - start
             tokens[row, begin:end] = examples.tokens[start:stop]
             loss[row, begin:end] = examples.loss[start:stop]
             if segmented or number == 1:
                 loss[row, begin] = False
-            positions[row, at:end] = np.arange(end - at) + (0 if segmented else at)
+            positions[row, at:end] = np.arange(end - at) + (first_position if segmented else at)
             segments[row, at:end] = number
             tasks[row, at:end] = examples.tasks[examples.example_at(start)]
             if examples.steps is not None:

@@ -134,18 +134,20 @@ class Mixed:
         chosen, before = self.turns.batch(number)
         if self.mixture.once:
             chosen = chosen[: max(sum(map(len, self.plans)) - number * self.turns.batch_rows, 0)]
-        counts, start, stop = list(before), [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        counts, start, stop, given = list(before), [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], []
         for source in chosen:
             turn, row = divmod(counts[source], len(self.plans[source]))
             rows = self._epoch(source, turn)
             here = slice(rows.offsets[row], rows.offsets[row + 1])
             start.append(rows.start[here] + self.shifts[source])
             stop.append(rows.stop[here] + self.shifts[source])
+            given += [] if rows.given is None else [rows.given[here]]
             counts[source] += 1
         offsets = np.cumsum([len(each) for each in start]).astype(np.int64)
         numbers = np.zeros(self.turns.batch_rows, np.int32)
         numbers[: len(chosen)] = chosen
-        return pack.Epoch(np.concatenate(start), np.concatenate(stop), offsets), numbers
+        known = np.concatenate(given) if given else None
+        return pack.Epoch(np.concatenate(start), np.concatenate(stop), offsets, known), numbers
 
     def report(self) -> report_.Reports:
         """What became of the rows of each source, and its part of the rows of a batch."""

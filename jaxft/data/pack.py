@@ -7,6 +7,7 @@ vectorised step. The best fit is found in an integer used as a set of bits, one 
 and a lowest set bit, instead of a tree.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ BLOCK = 2**20
 @dataclass(frozen=True)
 class Pieces:
     """Stretches `[start, stop)` of the token array, each within one example, and what making them cost; `group` of
-    them in a row share a slot."""
+    them in a row share a slot.
+
+    `given`: of each, how many tokens of its example precede `start` that it shares with the stretch before it."""
 
     start: np.ndarray
     stop: np.ndarray
@@ -32,6 +35,7 @@ class Pieces:
     dropped_unlearnt: int = 0
     dropped_tokens: int = 0
     group: int = 1
+    given: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.start) // self.group
@@ -41,12 +45,21 @@ class Pieces:
         """Tokens in each slot."""
         return together(np.add, self.stop - self.start, self.group)
 
+    @property
+    def shared(self) -> np.ndarray:
+        """Tokens that stand once in each slot and twice in its sequences."""
+        return np.zeros(len(self), np.int64) if self.given is None else together(np.add, self.given, self.group)
+
+    def order(self, slots: np.ndarray) -> np.ndarray:
+        """These slots, the longest first; of equally long ones first those that share more, then as they come."""
+        return slots[np.lexsort((np.arange(len(slots)), -self.shared[slots], -self.lengths[slots]))]
+
 
 @dataclass(frozen=True)
 class Plan:
     """Slots sorted by length, longest first: row `r` holds slots `slots[offsets[r] : offsets[r + 1]]`.
 
-    Each takes `reserved` positions more than its length for each of its stretches."""
+    Each takes `reserved` positions more than its length for each of its stretches that begins a document."""
 
     pieces: Pieces
     capacity: int
@@ -63,14 +76,33 @@ class Plan:
         """The most stretches that a row holds."""
         return int(np.diff(self.offsets).max(initial=1)) * self.pieces.group
 
+    @property
+    def documents(self) -> int:
+        """Stretches that begin a document, in all rows."""
+        return len(self.pieces.start) if self.pieces.given is None else len(self.pieces)
+
+    @property
+    def width(self) -> int:
+        """The most positions that the sequences of a row have, each with its whole prompt, in any epoch."""
+        found = self.pieces
+        order = found.order(np.arange(len(found)))
+        whole = (found.lengths + found.shared + self.reserved * found.group)[order][self.slots]
+        return int(np.add.reduceat(whole, self.offsets[:-1]).max())
+
 
 @dataclass(frozen=True)
 class Epoch:
-    """Rows of one epoch: row `r` is the stretches `[start[i], stop[i])` for `i` in `offsets[r] : offsets[r + 1]`."""
+    """Rows of one epoch: row `r` is the stretches `[start[i], stop[i])` for `i` in `offsets[r] : offsets[r + 1]`; for
+    `given` see `Pieces`."""
 
     start: np.ndarray
     stop: np.ndarray
     offsets: np.ndarray
+    given: np.ndarray | None = None
+
+    def precedes(self, i: int) -> int:
+        """Tokens of stretch `i`'s document that the stretch before it has as well."""
+        return 0 if self.given is None else int(self.given[i])
 
 
 def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
@@ -99,7 +131,7 @@ def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
     keep = counted(examples.loss if examples.steps is None else examples.steps, np.minimum(start + 1, stop), stop) > 0
     keep = apart(together(np.logical_and, keep, group), group)
     counts["dropped_tokens"] += int((stop - start)[~keep].sum())
-    return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()), group=group)
+    return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()), group=group, given=None)
 
 
 def counted(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -116,6 +148,14 @@ def counted(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarra
     return found[len(start) :] - found[: len(start)]
 
 
+def share(found: Pieces, completion: np.ndarray) -> Pieces:
+    """Pairs whose prompts stand once: of the second is left the last token of the prompt, which predicts the first
+    of the completion. `completion`: where that of each stretch begins; the tokens before it are those of both."""
+    given: np.ndarray = np.maximum(completion - found.start - 1, 0)
+    given[:: found.group] = 0
+    return dataclasses.replace(found, start=found.start + given, given=given)
+
+
 def together(combine: np.ufunc, values: np.ndarray, group: int) -> np.ndarray:
     """One value for every `group` in a row."""
     return values if group == 1 else combine.reduce(values.reshape(-1, group), axis=1)
@@ -128,13 +168,14 @@ def apart(values: np.ndarray, group: int) -> np.ndarray:
 
 def plan(found: Pieces, capacity: int, packing: str, reserved: int = 0) -> Plan:
     """Assign slots to rows of `capacity` tokens, packed ones with `reserved` positions before each."""
-    lengths = np.sort(found.lengths)[::-1]
+    lengths = found.lengths[found.order(np.arange(len(found)))]
     if packing == "none":
         return Plan(found, capacity, packing, np.arange(len(lengths)), np.arange(len(lengths) + 1), reserved)
     if packing == "wrapped":
         rows = -(-int(lengths.sum()) // capacity)
         return Plan(found, capacity, packing, np.arange(0), np.zeros(rows + 1, np.int64))
-    row = best_fit((lengths + reserved * found.group).tolist(), capacity)
+    documents = found.group if found.given is None else 1
+    row = best_fit((lengths + reserved * documents).tolist(), capacity)
     counts = np.bincount(row, minlength=int(row.max(initial=-1)) + 1)
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     return Plan(found, capacity, packing, np.argsort(row, kind="stable"), offsets, reserved)
@@ -150,15 +191,17 @@ def joined(plans: Sequence[Plan], shifts: Sequence[int]) -> Plan:
         np.concatenate([getattr(plan.pieces, end) + shift for plan, shift in zip(plans, shifts, strict=True)])
         for end in ("start", "stop")
     )
-    lengths = np.concatenate([np.sort(plan.pieces.lengths)[::-1] for plan in plans])
+    orders = [(plan.pieces, plan.pieces.order(np.arange(len(plan.pieces)))) for plan in plans]
+    lengths, shared = (np.concatenate([getattr(p, n)[order] for p, order in orders]) for n in ("lengths", "shared"))
     place = np.empty(len(lengths), np.int64)
-    place[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
+    place[np.lexsort((np.arange(len(lengths)), -shared, -lengths))] = np.arange(len(lengths))
     first = np.cumsum([0, *(len(plan.pieces) for plan in plans)])
     held = [0, *(len(plan.slots) for plan in plans)]
     slots = np.concatenate([plan.slots + begin for plan, begin in zip(plans, first, strict=False)])
     offsets = [plan.offsets[1:] + before for plan, before in zip(plans, np.cumsum(held), strict=False)]
     one = plans[0]
-    made = Pieces(start, stop, group=one.pieces.group)
+    given = [plan.pieces.given for plan in plans if plan.pieces.given is not None]
+    made = Pieces(start, stop, group=one.pieces.group, given=np.concatenate(given) if given else None)
     slots = place[slots] if one.packing != "wrapped" else slots
     return Plan(made, one.capacity, one.packing, slots, np.concatenate(([0], *offsets)), one.reserved)
 
@@ -195,7 +238,7 @@ def epoch(made: Plan, seed: int, number: int, shuffle: bool) -> Epoch:
         return wrap(found.start[order], found.stop[order], made.capacity, len(made))
     # Longest first, and equally long ones in shuffled order: slot i always has the i-th length.
     if made.packing == "best_fit":
-        order = order[np.argsort(-found.lengths[order], kind="stable")]
+        order = found.order(order)
     held = order[made.slots]
     if shuffle:
         rows = shuffled(keys, len(made))
@@ -205,7 +248,8 @@ def epoch(made: Plan, seed: int, number: int, shuffle: bool) -> Epoch:
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     where = np.repeat(made.offsets[:-1][rows] - offsets[:-1], counts) + np.arange(len(held))
     held = apart(held[where], found.group) * found.group + np.tile(np.arange(found.group), len(held))
-    return Epoch(found.start[held], found.stop[held], offsets * found.group)
+    given = None if found.given is None else found.given[held]
+    return Epoch(found.start[held], found.stop[held], offsets * found.group, given)
 
 
 def shuffled(keys: np.random.Philox, size: int) -> np.ndarray:
@@ -227,12 +271,13 @@ def wrap(start: np.ndarray, stop: np.ndarray, capacity: int, rows: int) -> Epoch
 
 def places(rows: Epoch, first: int, count: int, before: int) -> list[tuple[int, int, int, int]]:
     """(row, place in the row, start, stop) of every stretch `[start, stop)` of tokens in `count` rows from `first` on,
-    each after `before` positions of no meaning."""
+    each that begins a document after `before` positions of no meaning."""
     found = []
     for row in range(min(count, len(rows.offsets) - 1 - first)):
         at = 0
         for i in range(rows.offsets[first + row], rows.offsets[first + row + 1]):
             start, stop = int(rows.start[i]), int(rows.stop[i])
-            found.append((row, at + before, start, stop))
-            at += before + stop - start
+            at += 0 if rows.precedes(i) else before
+            found.append((row, at, start, stop))
+            at += stop - start
     return found

@@ -31,6 +31,8 @@ class Report:
     row_length: int
     packed_tokens: int
     """Tokens that training sees: those of the examples, less what was cut or left out."""
+    shared_tokens: int
+    """Tokens of prompts that are computed once for two sequences; counted once in `packed_tokens`."""
     reserved_positions: int
     """Positions taken by the prompts before the documents of packed rows."""
     form: str = "tokens"
@@ -59,6 +61,9 @@ class Report:
             yield f"tokens of {part}: {percentiles}"
         prompts = f", {self.reserved_positions:,} of them for the prompt" if self.reserved_positions else ""
         yield f"{self.rows:,} rows of {self.row_length:,} tokens, {self.efficiency:.1%} full{prompts}"
+        if self.shared_tokens:
+            saved = self.shared_tokens / (self.shared_tokens + self.packed_tokens)
+            yield f"{self.shared_tokens:,} tokens of prompts computed once for both completions ({saved:.1%} saved)"
 
     def _named(self) -> str:
         if self.form == "pairs":
@@ -163,7 +168,8 @@ def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
         rows=len(plan),
         row_length=plan.capacity,
         packed_tokens=int((found.stop - found.start).sum()),
-        reserved_positions=plan.reserved * len(found.start) if plan.packing == "best_fit" or judged else 0,
+        shared_tokens=int(found.shared.sum()),
+        reserved_positions=plan.reserved * plan.documents if plan.packing == "best_fit" or judged else 0,
         form=examples.form,
         counts=counted(examples),
         parts=parts(examples) if judged and len(examples) else {},

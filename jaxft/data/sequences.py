@@ -32,6 +32,33 @@ def about(examples: Examples, rows: pack.Epoch, first: int, shape: tuple[int, in
     return found
 
 
+def unfolded(rows: pack.Epoch, first: int, shape: tuple[int, int, int], before: int) -> Arrays:
+    """Where attention finds the tokens of whole sequences in rows `[rows, T]` in which a pair's prompt stands once.
+
+    `unfold` int32 `[rows, W]` is the token in each place of the whole sequences, one after the other, and
+    `unfold_segments` its sequence, 0 where there is none; `fold` int32 `[rows, T]` is the place of each token, and
+    `fold_again` that of its second copy, -1 where it has none. ``shape``: rows, T, W."""
+    count, length, width = shape
+    unfold, segments = np.zeros((count, width), np.int32), np.zeros((count, width), np.int32)
+    fold, again = np.zeros((count, length), np.int32), np.full((count, length), -1, np.int32)
+    for row in range(min(count, len(rows.offsets) - 1 - first)):
+        at = place = begun = 0
+        for number, i in enumerate(range(rows.offsets[first + row], rows.offsets[first + row + 1]), 1):
+            given, size = rows.precedes(i), int(rows.stop[i] - rows.start[i])
+            if given:  # the prompt of the sequence before, once more
+                given += before
+                unfold[row, place : place + given] = np.arange(begun, begun + given)
+                again[row, begun : begun + given] = np.arange(place, place + given)
+            else:
+                begun, size = at, size + before
+            end = place + given + size
+            unfold[row, place + given : end] = np.arange(at, at + size)
+            fold[row, at : at + size] = np.arange(place + given, end)
+            segments[row, place:end] = number
+            at, place = at + size, end
+    return {"unfold": unfold, "unfold_segments": segments, "fold": fold, "fold_again": again}
+
+
 def completions(examples: Examples, start: np.ndarray) -> np.ndarray:
     """Where the completion begins of each stretch that begins at `start`."""
     learnt = np.flatnonzero(examples.loss)

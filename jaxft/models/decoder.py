@@ -19,11 +19,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.core import indexed, tree, verbs
 from jaxft.core.weight import Split
-from jaxft.models import attention, cache, rope, slots
+from jaxft.models import attention, cache, rope, slots, unfold
 from jaxft.models.cache import Cache
 from jaxft.models.config import Layer, ModelConfig
 from jaxft.models.mlp import mlp
 from jaxft.models.norm import norm
+from jaxft.models.unfold import Unfold
 
 Remat = Literal["none", "full", "offload", "attn", "save"]
 KEPT: dict[str, frozenset[str]] = {
@@ -68,6 +69,7 @@ def forward(
     execution: Execution = DEFAULT,
     noise_BTD: jax.Array | None = None,
     tasks_BT: jax.Array | None = None,
+    shared: Unfold | None = None,
 ) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
     """Token ids int32[B, T] to the hidden states after the final norm, [B, T, D].
 
@@ -77,7 +79,8 @@ def forward(
     T, D], or ``layers/3``, that of one (from 0), [B, T, D].
     ``noise`` is added to the embeddings of tokens (NEFTune). With a prompt of n rows in ``params``, positions 0..n-1 of
     each document are the prompt's, whatever their tokens; with neither segments nor cache they are added here, and
-    only the T given ones returned. ``tasks`` int32[B, T]: the task of each token's document, for a multitask prompt."""
+    only the T given ones returned. ``tasks`` int32[B, T]: the task of each token's document, for a multitask prompt.
+    ``shared``: rows of T tokens in which two sequences have one prompt."""
     wanted = _captured(config, capture)
     if positions_BT is None:
         positions_BT = restarting(tokens_BT, segments_BT)
@@ -89,7 +92,7 @@ def forward(
     how = {"execution": execution, "noise_BTD": noise_BTD, "tasks_BT": tasks_BT}
     x_BTD = embed(config, params, tokens_BT, positions_BT, segments_BT, **how)
     positions_BT = positions_BT + slots.prefix_length(params)
-    context = _Context(config, execution, positions_BT, segments_BT, cache)
+    context = _Context(config, execution, positions_BT, segments_BT, cache, shared)
     x_BTD, cache, outputs = _layers(context, slots.layers(params, x_BTD.dtype), x_BTD, wanted)
     captured = {}
     for name in capture:
@@ -191,11 +194,14 @@ class _Context:
         positions_BT: jax.Array,
         segments_BT: jax.Array | None,
         cached: Cache | None,
+        shared: Unfold | None = None,
     ):
-        self.config, self.execution = config, execution
+        self.config, self.execution, self.shared = config, execution, shared
         self.tables = [rope.table(r, positions_BT) for r in config.ropes]
         if cached is not None and segments_BT is None:
             segments_BT = jnp.ones_like(positions_BT)
+        if shared is not None:
+            positions_BT, segments_BT = unfold.whole(positions_BT, shared), shared.segments
         self.positions_BT, self.segments_BT = positions_BT, segments_BT
         self.k_positions_BS, self.k_segments_BS = positions_BT, segments_BT
         self.cache, self.index = cached, jnp.int32(0)
@@ -323,6 +329,8 @@ def _attend(
         cos, sin = context.tables[kind.rope]
         q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos, sin), rope.rotate(k_BTKH, cos, sin)
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(a, n) for a, n in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v")))
+    if context.shared is not None:
+        q_BTNH, k_BTKH, v_BTKH = (unfold.whole(a, context.shared) for a in (q_BTNH, k_BTKH, v_BTKH))
     k_BSKH, v_BSKH = k_BTKH, v_BTKH
     if cached is not None:
         cached = cache.write(cached, i, context.index, k_BTKH, v_BTKH)
@@ -342,6 +350,8 @@ def _attend(
         mesh=context.execution.mesh,
         prefix=None if prefix is None else (prefix[0], prefix[1]),
     )
+    if context.shared is not None:
+        o_BTNH = unfold.back(o_BTNH, context.shared)
     return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ p["o"], cached
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxft.core import tree
 from jaxft.core.weight import Weight, trainable, weight
-from jaxft.models import decoder, divergences, heads, slots
+from jaxft.models import decoder, divergences, heads, slots, unfold
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 from jaxft.models.divergences import Divergence
@@ -226,15 +226,17 @@ def _brought(batch: Batch, divergence: Divergence) -> Callable[[jax.Array], jax.
 
 def unreserved(batch: Batch, reserved: int) -> dict[str, jax.Array]:
     """A student's rows as a teacher without its prompt reads them: what is kept for that is padding."""
+    unfolded = ("unfold", "unfold_segments", "fold", "fold_again")
+    names = ("tokens", "positions", "segments", *unfolded)
+    kept = {name: batch[name] for name in names if name in batch}
     if not reserved or "segments" not in batch:
-        return {name: batch[name] for name in ("tokens", "positions", "segments") if name in batch}
+        return kept
     positions_BT = score_.positions(batch)
     segments_BT = jnp.where(positions_BT < reserved, 0, batch["segments"])
-    return {
-        "tokens": batch["tokens"],
-        "positions": jnp.maximum(positions_BT - reserved, 0),
-        "segments": segments_BT,
-    }
+    kept |= {"positions": jnp.maximum(positions_BT - reserved, 0), "segments": segments_BT}
+    if (shared := unfold.of(batch)) is not None:
+        kept["unfold_segments"] = jnp.where(unfold.whole(positions_BT, shared) < reserved, 0, shared.segments)
+    return kept
 
 
 def _check_prompt(params: tree.Params, batch: Batch, reserved: int) -> None:

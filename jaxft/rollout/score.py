@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.core import tree
-from jaxft.models import decoder, heads, slots
+from jaxft.models import decoder, heads, slots, unfold
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 from jaxft.objectives.terms import Batch
@@ -89,6 +89,7 @@ def states(
         execution=execution,
         noise_BTD=noise_BTD,
         tasks_BT=batch.get("task_ids"),
+        shared=unfold.of(batch),
     )
     return hidden_BTD, captured
 
