@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft import config as config_
 from jaxft import data, peft
 from jaxft.checkpoint import tokenizer as tokenizer_
 from jaxft.core import tree
@@ -155,3 +156,24 @@ def test_a_prompt_of_one_token_is_not_shared():
     found = pack.Pieces(np.array([0, 5]), np.array([5, 9]), group=2)
     shared = pack.share(found, np.array([1, 6]))
     assert shared.given is not None and shared.given.tolist() == [0, 0] and shared.start.tolist() == [0, 5]
+
+
+def test_sources_of_a_mixture_share_each_their_prompts(prepared, tmp_path):
+    config, examples = prepared
+    lines = Path(str(config.path)).read_text().splitlines(keepends=True)
+    found = {}
+    for name, part in (("a", lines[:5]), ("b", lines[5:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    told = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in "ab"}
+    yaml = {"model": {"path": "x"}, "data": {"sources": told, "max_length": 40}, "objective": {"name": "dpo"}}
+    (tmp_path / "config.yaml").write_text(json.dumps(yaml))
+    mixed = config_.load(tmp_path / "config.yaml").data
+    both = data.prepare(mixed, tokenizer_.load(ASSETS / "tiny"), rows="pairs").train
+    for share in (False, True):
+        made = data.Loader(both, mixed, batch_rows=4, share=share)
+        batches = [made.batch(number) for number in range(6)]
+        found[share] = sum(int((batch["segments"] > 0).sum()) for batch in batches)
+        for batch in batches if share else []:
+            twice = batch["fold_again"] >= 0
+            assert twice.any() and (batch["unfold_segments"] > 0).sum() == (batch["segments"] > 0).sum() + twice.sum()
+    assert len(both) == len(examples) and found[True] < found[False]
