@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxft.data import encode, formats, mixture, template, texts
 from jaxft.data.config import DataConfig
@@ -28,6 +28,9 @@ class Prompt:
     """The number of its task."""
     source: str = ""
     """The source of a mixture that it is of."""
+    given: Any = ""
+    """As the data have it: text, or a list of messages."""
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def prompts_of(
@@ -75,12 +78,13 @@ def prompts(
         if isinstance(form, Pair):
             text = before + form.prompt
             ids = tuple(prefix + tokenizer(text, add_special_tokens=False)["input_ids"])
-            found.append(Prompt(text, ids, form.completion, row.where, task))
+            found.append(Prompt(text, ids, form.completion, row.where, task, given=text))
         elif isinstance(form, Conversation) and render is not None:
             system = [turn for turn in form.messages[:-1] if turn["role"] == "system"]
             own = [turn for turn in form.messages[:-1] if turn["role"] != "system"]
             messages = (*system, *turns, *own) if turns else form.messages[:-1]
             text = template.text(render, messages, form.tools, prompt=True)
             ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-            found.append(Prompt(text, ids, form.messages[-1]["content"], row.where, task))
+            answer, given = form.messages[-1]["content"], list(messages)
+            found.append(Prompt(text, ids, answer, row.where, task, given=given, tools=form.tools))
     return found
