@@ -93,11 +93,11 @@ class Book:
 
     def add(self, record: dict[str, Any]) -> None:
         """Writes a decision and what follows from it."""
-        sizes = [_size(file) for file in self._files]
+        ranked, out = map(_size, self._files)
         _append(self._files[0], [record])
         _append(self._files[1], pairs(record))
         self.done[identity(record["prompt"])] = record
-        self._before.append((identity(record["prompt"]), *sizes))
+        self._before.append((identity(record["prompt"]), ranked, out))
 
     def undo(self) -> dict[str, Any] | None:
         """Takes the last decision of this session back; None if there is none."""

@@ -10,6 +10,7 @@ from jaxft.objectives import DPO, OBJECTIVES, SFT
 from jaxft.training import evaluate, optim, state, step
 from jaxft.training.by_source import by_source, counted, present
 from jaxft.training.config import EvalConfig, OptimConfig
+from jaxft.training.ledger import Ledger
 from tests.training import test_loop, test_preference_step, tiny
 
 NAMES = ("chat", "logs", "none")
@@ -137,3 +138,14 @@ def test_what_is_not_there_is_not_told():
         "loss": 1.0, "source/a/nll": 2.0, "source/a/num_tokens": 50.0, "source/ab/num_tokens": 7.0,
     }  # fmt: skip
     assert counts == {"ab": 7, "a": 50}
+
+
+def test_members_of_a_sweep(tmp_path):
+    """Each one's own lines leave out what is not in a step, too."""
+    ledger = Ledger([tmp_path / "a", tmp_path / "b"], 1, 2)
+    for share in (0.0, 0.5):
+        both = {"loss": [1.0, 2.0], "skipped": [0, 0], "source/x/share": [share] * 2, "source/x/nll": [3.0, 4.0]}
+        ledger.read(1 + int(share * 2), {name: np.array(values) for name, values in both.items()} | {"tokens": 8})
+    ledger.close()
+    first, second = (json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines())
+    assert "source/x/nll" not in first and second["source/x/nll"] == 4.0 and second["source/x/share"] == 0.5
