@@ -171,7 +171,7 @@ class DataConfig:
     """Batches made ahead of the training step."""
     cache: str | None = None
     """Folder in which what was tokenised is kept and read from, for data larger than memory: one pass writes it, going
-    on where it was if it is cut short, and later runs on the same rows begin at once. 5 bytes a token on disk, some 50
+    on where it was if it is cut short, and later runs on the same rows begin at once. 5 bytes a token on disk, some 100
     bytes an example in memory. None: all in memory."""
 
     eval_path: str | tuple[str, ...] | None = None
