@@ -35,9 +35,16 @@ class SFT:
     """Of ``kl_to_start``: KL(start, policy) keeps all that the start would say, KL(policy, start) forbids what it would
     not."""
 
+    kl_sources: tuple[int, ...] = ()
+    """Sources of a mixture (``data.sources``, numbered from 0 in their order) on whose tokens alone ``kl_to_start``
+    counts, such as one of general text. None: all."""
+
     def __post_init__(self) -> None:
         if not 0 <= self.kl_to_start < float("inf"):
             raise ValueError(f"objective.kl_to_start: got {self.kl_to_start}; expected a finite number, 0 or more")
+        if self.kl_sources and (not self.kl_to_start or min(self.kl_sources) < 0):
+            got = f"{list(self.kl_sources)} with kl_to_start={self.kl_to_start}"
+            raise ValueError(f"objective.kl_sources: got {got}; expected numbers from 0 on, and a weight above 0")
 
 
 def needs(config: SFT) -> tuple[str, ...]:
@@ -64,7 +71,7 @@ def sft(config: SFT, scores: Scores, batch: Batch, carry: Carry) -> tuple[Means,
       scores: ``policy`` with ``logp`` float32[B, T], log p(tokens[t] | what precedes it in its document), and for
         ``kl_to_start`` ``divergence`` (nats); if there, ``correct`` (the most likely token was the right one) and
         ``entropy`` (nats), also [B, T].
-      batch: ``loss_mask`` bool[B, T], True where the token is a target.
+      batch: ``loss_mask`` bool[B, T], True where the token is a target; with ``kl_sources``, ``source`` int32[B].
 
     Returns the terms ``sft`` and ``kl_to_start`` (times its weight), and the metrics ``nll``, ``kl_to_start``,
     ``mean_token_accuracy`` and ``entropy``.
@@ -79,7 +86,16 @@ def sft(config: SFT, scores: Scores, batch: Batch, carry: Carry) -> tuple[Means,
         metrics["entropy"] = terms.masked(jax.lax.stop_gradient(policy["entropy"]), targets_BT)
     losses = {"sft": terms.masked(token_loss(config, logp_BT), targets_BT)}
     if config.kl_to_start:
-        kl = terms.masked(policy["divergence"], targets_BT)
+        kl = terms.masked(policy["divergence"], targets_BT & _held(config, batch))
         losses["kl_to_start"] = Mean(config.kl_to_start * kl.total, kl.weight)
         metrics["kl_to_start"] = Mean(jax.lax.stop_gradient(kl.total), kl.weight)
     return losses, metrics
+
+
+def _held(config: SFT, batch: Batch) -> jax.Array:
+    """bool[B or 1, 1]: the rows on which the divergence from the start counts. Raises ValueError without a mixture."""
+    if not config.kl_sources:
+        return jnp.ones((1, 1), bool)
+    if "source" not in batch:
+        raise ValueError("objective.kl_sources: the rows are of no mixture; give data.sources, or leave it out")
+    return jnp.isin(batch["source"], jnp.array(config.kl_sources))[:, None]

@@ -18,17 +18,24 @@ GENERAL = OUT / "general.jsonl"
 DOCUMENTS = 250
 SHORT = ("train.batch=4", "train.steps=32", "eval.batches=8", "log.progress=false")
 LORA = ("peft.method=lora", "peft.alpha=32", "optim.lr=3e-3")
-EWC = (f"optim.ewc_data={GENERAL}", "optim.ewc_examples=64")
+TASK = "{path: assets/data/domain_train.jsonl, eval_path: assets/data/domain_heldout.jsonl, weight: 3}"
+REPLAY = (
+    'data.path=""', "data.eval_path=null",
+    f"data.sources={{domain: {TASK}, general: {{path: {GENERAL}, weight: 1}}}}",
+)  # fmt: skip
 ROWS = {
     "full": (),
     "full, a third of the rate": ("optim.lr=3e-4",),
-    "full, optim.l2_start=0.03": ("optim.l2_start=0.03",),
-    "full, optim.ewc=30": ("optim.ewc=30", *EWC),
+    "full, optim.l2_start=0.01": ("optim.l2_start=0.01",),
+    "full, optim.ewc=10": ("optim.ewc=10", f"optim.ewc_data={GENERAL}", "optim.ewc_examples=64"),
     "full, objective.kl_to_start=0.1": ("objective.kl_to_start=0.1",),
-    "full, a quarter of replay": (f"data.path=[assets/data/domain_train.jsonl,{GENERAL}]",),
+    "full, a quarter of replay": REPLAY,
+    "full, a quarter of replay, objective.kl_to_start=1 on it": (
+        *REPLAY, "objective.kl_to_start=1", "objective.kl_sources=[1]",
+    ),
     "LoRA, rank 16": LORA,
     "LoRA, rank 2": (*LORA, "peft.rank=2", "peft.alpha=4"),
-}
+}  # fmt: skip
 METRICS = ("eval_perplexity", "eval_general_perplexity")
 
 

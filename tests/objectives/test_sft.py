@@ -51,6 +51,14 @@ def test_divergence_from_the_start_by_hand():
     losses, metrics = run(SFT(kl_to_start=0.5), divergence=apart)
     assert (float(losses["kl_to_start"].total), float(losses["kl_to_start"].weight)) == (3.5, 3.0)
     assert float(metrics["kl_to_start"].total) == 7.0
+    config, scores = SFT(kl_to_start=0.5, kl_sources=(2, 1)), {"policy": {"logp": LOGP, "divergence": apart}}
+    losses, _ = sft.sft(config, scores, {"loss_mask": MASK, "source": jnp.array([0, 2])}, {})
+    assert (float(losses["kl_to_start"].total), float(losses["kl_to_start"].weight)) == (2.0, 1.0)
+    assert float(losses["sft"].weight) == 3.0
+    with pytest.raises(ValueError, match="rows are of no mixture"):
+        sft.sft(config, scores, {"loss_mask": MASK}, {})
+    with pytest.raises(ValueError, match=r"kl_sources: got \[1\] with kl_to_start=0"):
+        SFT(kl_sources=(1,))
     assert float(losses["sft"].total) == pytest.approx(math.log(160), rel=1e-6)
 
 
