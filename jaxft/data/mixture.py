@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxft.data import examples as examples_
-from jaxft.data import pack, records, sources
+from jaxft.data import pack, records, sources, store
 from jaxft.data import report as report_
 from jaxft.data.allot import Parts, Turns
 from jaxft.data.config import DataConfig
@@ -75,8 +75,8 @@ def joined(parts: Sequence[Examples | None], mixture: Mixture) -> Examples:
     every = [part for _, part in there]
     steps = [part.steps for part in every if part.steps is not None]
     return Examples(
-        tokens=np.concatenate([part.tokens for part in every]),
-        loss=np.concatenate([part.loss for part in every]),
+        tokens=store.joined("tokens", [part.tokens for part in every]),
+        loss=store.joined("loss", [part.loss for part in every]),
         offsets=np.concatenate(([0], np.cumsum(np.concatenate([np.diff(p.offsets) for p in every])))).astype(np.int64),
         rows=np.concatenate([p.rows + before[i] for i, p in enumerate(parts) if p is not None]),
         tasks=np.concatenate([part.tasks for part in every]),

@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,25 +146,42 @@ def read(folder: Path, sizes: dict[str, int]) -> dict[str, np.ndarray]:
 
 
 def copied(arrays: dict[str, Any], lengths: np.ndarray, keep: np.ndarray) -> dict[str, np.ndarray]:
-    """Tokens and masks of the examples that `keep` says, in files of their own beside those they are in, mapped.
-
-    Copied some examples at a time, once."""
+    """Tokens and masks of the examples that `keep` says, in files of their own beside those they are in, mapped."""
     digest = hashlib.blake2b(np.packbits(keep).tobytes(), digest_size=6).hexdigest()
-    ends, count = np.cumsum(lengths), int(lengths[keep].sum())
+    ends = np.cumsum(lengths)
     edges = np.flatnonzero(np.diff(np.concatenate(([False], keep, [False])).astype(np.int8))).reshape(-1, 2)
-    found = {}
-    for name, array in arrays.items():
-        file = Path(str(array.filename)).with_name(f"{name}-{digest}.bin")
-        with open(file.with_name("lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not file.exists():
-                with open(file.with_suffix(".new"), "wb") as out:
-                    for low, high in edges.tolist():
-                        first, last = int(ends[low] - lengths[low]), int(ends[high - 1])
-                        for at in range(first, last, TOGETHER):
-                            out.write(array[at : min(at + TOGETHER, last)].tobytes())
-                    out.flush()
-                    os.fsync(out.fileno())
-                os.replace(out.name, file)
-        found[name] = np.memmap(file, array.dtype, "r", shape=(count,)) if count else array[:0]
-    return found
+    spans = [(int(ends[low] - lengths[low]), int(ends[high - 1])) for low, high in edges.tolist()]
+    return {
+        name: _written(Path(array.filename).with_name(f"{name}-{digest}.bin"), [array[a:b] for a, b in spans])
+        for name, array in arrays.items()
+    }
+
+
+def joined(name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays end to end: in memory, or in a file if one of them is."""
+    files = [Path(str(array.filename)) for array in arrays if isinstance(array, np.memmap)]
+    if not files or len(arrays) == 1:
+        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+    state = hashlib.blake2b(digest_size=10)
+    for array in arrays:
+        state.update(str(array.filename).encode() if isinstance(array, np.memmap) else array.tobytes())
+        state.update(str(array.shape).encode())
+    folder = files[0].parent.parent / f"joined-{state.hexdigest()}"
+    folder.mkdir(exist_ok=True)
+    return _written(folder / f"{name}.bin", arrays)
+
+
+def _written(file: Path, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The arrays end to end in a file, mapped; written once, a part at a time."""
+    with open(file.with_name("lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            with open(file.with_suffix(".new"), "wb") as out:
+                for array in arrays:
+                    for at in range(0, len(array), TOGETHER):
+                        out.write(array[at : at + TOGETHER].tobytes())
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(out.name, file)
+    count = sum(map(len, arrays))
+    return np.memmap(file, arrays[0].dtype, "r", shape=(count,)) if count else np.concatenate(arrays)

@@ -11,6 +11,7 @@ import pytest
 
 from jaxft import data
 from jaxft.data import examples, pack, records, store
+from jaxft.data.config import SourceConfig
 from jaxft.data.errors import DataError
 from tests.data.conftest import WORDS
 from tests.data.test_loader import CONFIG, same
@@ -53,6 +54,16 @@ def alike(config, cached, tokenizer):
 def test_batches_are_those_from_memory(small, make_tokenizer, write, chats, tmp_path, form, packing):
     path, tokenizer = write(documents(60) if form == "text" else chats(60)), make_tokenizer()
     config = dataclasses.replace(CONFIG, path=path, packing=packing, max_length=24, eval_examples=7, overlong="split")
+    assert alike(config, dataclasses.replace(config, cache=str(tmp_path / "cache")), tokenizer) == 2
+
+
+def test_a_mixture_is_that_from_memory(small, make_tokenizer, write, chats, tmp_path):
+    tokenizer = make_tokenizer()
+    sources = {
+        "text": SourceConfig(path=write(documents(60)), weight=3, eval_examples=5),
+        "chat": SourceConfig(path=write(chats(20), "chats.jsonl"), weight=1, eval_examples=4),
+    }
+    config = dataclasses.replace(CONFIG, sources=sources)
     assert alike(config, dataclasses.replace(config, cache=str(tmp_path / "cache")), tokenizer) == 2
 
 
