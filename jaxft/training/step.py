@@ -218,7 +218,8 @@ def _mapped(objective: Objective, each: Each) -> Objective:
 def make_eval_step(objective: Objective, config: Any, score: Score, each: Each = alone) -> Callable[..., Means]:
     """Builds ``(trainable, start, frozen, batch [accumulate, rows, T], carry={}) -> sums`` of each metric and term.
 
-    No dropout, no noise, no gradient. A term ``name`` is summed as ``loss/name``. For ``each`` see `body`."""
+    No dropout, no noise, no gradient; running quantities stay as training left them. A term ``name`` is summed as
+    ``loss/name``. For ``each`` see `body`."""
     objective, asked = _mapped(objective, each), objective.asked(config)
 
     def step(
@@ -232,11 +233,11 @@ def make_eval_step(objective: Objective, config: Any, score: Score, each: Each =
         if (annotate := objective.annotation(config)) is not None:
             if jax.tree.leaves(batch)[0].shape[0] == 1:
                 first = lambda tree: jax.tree.map(lambda a: a[0], tree)  # noqa: E731
-                added, carry = annotate(first(scores), first(dict(batch)), carry)
+                added, _ = annotate(first(scores), first(dict(batch)), carry)
                 batch = dict(batch) | jax.tree.map(lambda a: a[None], dict(added))
             else:
                 refuse_members(each)
-                batch, carry = _annotated(annotate, scores, batch, carry)
+                batch, _ = _annotated(annotate, scores, batch, carry)
 
         def one(scores: Scores, micro: Batch) -> Means:
             losses, metrics = objective.fn(config, scores, micro, carry)
