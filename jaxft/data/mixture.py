@@ -126,7 +126,7 @@ class Mixed:
         assert examples.mixture is not None
         self.examples, self.mixture, self.config, self.plans = examples, examples.mixture, config, plans
         self.shifts = [int(examples.offsets[edge]) for edge in self.mixture.edges[:-1]]
-        self.turns = Turns(row_parts(self.mixture, config, plans), batch_rows)
+        self.turns = Turns(row_parts(examples, self.mixture, config, plans), batch_rows)
         self._epoch = functools.lru_cache(maxsize=2 * len(plans))(self._rows_of_epoch)
 
     def batch(self, number: int) -> tuple[pack.Epoch, np.ndarray]:
@@ -175,7 +175,7 @@ class Mixed:
         return pack.epoch(self.plans[source], seed, number, self.config.shuffle)
 
 
-def row_parts(mixture: Mixture, config: DataConfig, plans: Sequence[pack.Plan]) -> Parts:
+def row_parts(examples: Examples, mixture: Mixture, config: DataConfig, plans: Sequence[pack.Plan]) -> Parts:
     """The part that each source has of the rows of a batch, given how each is packed.
 
     By size the rule gives parts of all examples (or tokens) that training sees; a source takes rows in inverse
@@ -187,8 +187,12 @@ def row_parts(mixture: Mixture, config: DataConfig, plans: Sequence[pack.Plan]) 
     if mix.rule == "weights":
         given = sources.weights(config)
         return Parts.of({step: [row[name] for name in mixture.names] for step, row in given.items()})
-    lengths = [plan.pieces.lengths for plan in plans]
-    size = np.array([each.sum() if mix.unit == "tokens" else len(each) for each in lengths], np.float64)
+    if mix.unit == "tokens":
+        size = np.array([plan.pieces.lengths.sum() for plan in plans], np.float64)
+    else:
+        found = zip(parts(examples), plans, strict=True)
+        at = [np.searchsorted(part.offsets, plan.pieces.start, side="right") for part, plan in found]
+        size = np.array([len(np.unique(each)) / examples.group for each in at], np.float64)
     wanted = size_parts(size, mix.rule, mix.temperature, mix.cap)
     return Parts.of({0: (wanted * rows / size).tolist()})
 

@@ -137,6 +137,19 @@ def test_parts_are_of_what_training_sees(make_tokenizer, write, chats, unit):
     np.testing.assert_allclose(part, np.minimum(size, cap) / np.minimum(size, cap).sum(), atol=0.01)
 
 
+def test_an_example_that_is_split_is_one(make_tokenizer, write):
+    """Four documents of three rows and four of one are as many examples: of each as many are seen, so three times the
+    rows."""
+    texts = {"long": " ".join(["cat"] * 150), "short": "the cat"}
+    tokenizer = make_tokenizer()
+    size = len(tokenizer(texts["long"])["input_ids"])
+    paths = {name: write([{"text": text}] * 4, f"{name}.jsonl") for name, text in texts.items()}
+    options = {"packing": "none", "overlong": "split", "max_length": -(-(size + 1) // 3)}
+    loader = loader_of(mixed(paths, MixConfig(rule="temperature", temperature=3.0), **options), tokenizer)
+    assert [len(plan) for plan in loader.mixed.plans] == [12, 4]
+    assert loader.report().shares(0)["long"][0] == pytest.approx(0.75)
+
+
 def test_held_out_rows_come_once(make_tokenizer, paths):
     """Of each source its own held-out part; all of it once, spread evenly, whatever the weights."""
     config = mixed(paths, own=[("a", {"weight": 9, "eval_fraction": 0.3}), ("b", {"eval_examples": 4})], packing="none")
