@@ -118,6 +118,12 @@ def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and dataclasses.is_dataclass(annotation) and annotation is not Choice
 
 
+def named_section(annotation: Any) -> type | None:
+    """The config dataclass that the user's own names stand for in a mapping (`dict[str, Source]`); None of others."""
+    arguments = typing.get_args(annotation)
+    return arguments[1] if typing.get_origin(annotation) is dict and is_section(arguments[1]) else None
+
+
 _WORDS = {
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),

@@ -70,6 +70,8 @@ def _type(annotation: Any) -> dict[str, Any]:
         return {**_section(members[0]), "type": ["object", "null"]}
     if any(fields_.is_section(member) for member in members):
         return {"anyOf": [_section(m) if fields_.is_section(m) else _leaf(m) for m in members]}
+    if (named := fields_.named_section(annotation)) is not None:
+        return {"type": "object", "additionalProperties": _section(named)}
     return _leaf(annotation)
 
 

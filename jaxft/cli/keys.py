@@ -33,7 +33,10 @@ def show(sections: Sequence[str] = (), console: Console | None = None) -> None:
         if field.alternatives:
             _choice(console, field.name, field.doc, field.alternatives, wanted.get(field.name, ""))
         elif classes := _below(field):
-            _table(console, field.name, field.doc, _rows(classes[0], field.name))
+            _table(console, field.name, field.doc, rows := _rows(classes[0], field.name))
+            for name, each in rows:
+                if (named := fields.named_section(each.type)) is not None:
+                    _table(console, f"{name}.NAME", _first(named), _rows(named, f"{name}.NAME"))
 
 
 def _below(field: Field) -> list[type]:

@@ -47,6 +47,14 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Named:
+    """Parts by names of the user's own."""
+
+    sources: dict[str, Part] = dataclasses.field(default_factory=dict)
+    """Parts."""
+
+
+@dataclass(frozen=True)
 class Optim:
     """The optimiser."""
 
@@ -275,3 +283,4 @@ def test_schema_says_what_the_checker_does():
     lora, ia3, names = described["properties"]["peft"]["oneOf"]
     assert "method" not in lora["required"] and "method" in ia3["required"] and names == {"enum": ["lora", "ia3"]}
     assert described["properties"]["data"]["required"] == ["path"]
+    assert schema.schema(Named, "toy")["properties"]["sources"]["additionalProperties"]["required"] == ["path"]
