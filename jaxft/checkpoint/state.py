@@ -35,6 +35,8 @@ MAY_CHANGE = (
     "train.steps",
     "train.epochs",
     "optim.offload",
+    "data.cache",
+    "data.workers",
     "mesh",
     "eval",
     "generate",

@@ -125,7 +125,7 @@ def held_out(config: DataConfig, model: Model, rows: str = "tokens", reserved: i
 def losses(config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution) -> dict[str, Any]:
     """The objective's terms, metrics and tables, for `evaluate.summary`: means over all target tokens, pairs or steps.
     The reference, where there is one, and the start are the model without the adapter, unless another is named."""
-    config = others_.live(config)
+    config = forgetting.anywhere(others_.live(config), examples)
     objective, chosen = assemble.objective(config, examples), config.objective.value
     asked = objective.asked(chosen)
     others = others_.load(config, model, how.mesh)

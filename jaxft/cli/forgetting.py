@@ -14,7 +14,7 @@ from jaxft.cli import assemble, heads
 from jaxft.cli.assemble import Split
 from jaxft.config import RunConfig
 from jaxft.core import tree
-from jaxft.data import DataConfig, Examples, Loader
+from jaxft.data import DataConfig, Examples, Loader, sources
 from jaxft.model import Model
 from jaxft.models import slots
 from jaxft.models.decoder import Execution
@@ -35,14 +35,28 @@ OWN = (
 
 
 def check(config: RunConfig) -> None:
-    """Raises ConfigError for what a sweep or a reward model cannot do, before anything is read."""
+    """Raises ConfigError for what a sweep or a reward model cannot do, and for sources that are not there, before
+    anything is read."""
     for key, given in (("eval.general", config.eval.general), ("optim.ewc", config.optim.ewc)):
         if heads.scores(config) and given:
             raise ConfigError(f"`{key}`: a reward model has no head over the vocabulary; leave it out")
     asked = OBJECTIVES[config.objective.name].asked(config.objective.value)
+    numbers = getattr(config.objective.value, "kl_sources", ())
+    names = sources.mixed(config.data)[0] if config.data.sources else []
+    if numbers and max(numbers) >= len(names):
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none: there are no data.sources"
+        raise ConfigError(f"`objective.kl_sources`: got {list(numbers)}; expected numbers of sources: {listed}")
     for key, given in (("optim.ewc", config.optim.ewc), ("objective.kl_to_start", "start" in asked.views)):
         if config.sweep and given:
             raise ConfigError(f"`{key}`: each member of a sweep has a start of its own; train them one by one")
+
+
+def anywhere(config: RunConfig, rows: Examples) -> RunConfig:
+    """The config for rows that may be of no mixture: there the distance from the start counts on all of them."""
+    if rows.mixture is not None or not getattr(config.objective.value, "kl_sources", ()):
+        return config
+    settings = dataclasses.replace(config.objective.value, kl_sources=())
+    return dataclasses.replace(config, objective=dataclasses.replace(config.objective, value=settings))
 
 
 def elsewhere(config: DataConfig, path: str | Sequence[str], **changes: Any) -> DataConfig:

@@ -98,3 +98,5 @@ def test_any_objective_and_a_sweep(capsys, words, tmp_path):
         more = [key, *([f"optim.ewc_data={tmp_path / 'kept.jsonl'}"] if "ewc" in key else [])]
         code, _, err = jaxft(capsys, *alone, *more, *members)
         assert code == 2 and key.partition("=")[0] in err and "one by one" in err
+    code, _, err = jaxft(capsys, *alone, "objective.kl_to_start=0.1", "objective.kl_sources=[0]")
+    assert code == 2 and "`objective.kl_sources`: got [0]" in err and "there are no data.sources" in err
