@@ -36,12 +36,14 @@ def reward_model(model: Model, key: jax.Array | None = None, *, init: Init = "no
     """The model with a scalar head, ``params["score"]`` [D, 1], instead of its head over the vocabulary.
 
     ``init``: normal draws the head from ``key`` with the config's initializer_range, as `transformers` does; zeros
-    makes every reward 0 at first. All else is shared, not copied; a reward model comes back as it is. Raises ValueError
+    makes every reward 0 at first. All else is shared, not copied; a reward model comes back as it is, with its padding
+    token named. Raises ValueError
     for a family without such a class in `transformers`, a classifier of several labels, a model with adapters, and a
     tokenizer without a padding token."""
     if model.config.labels:
         check(model)
-        return model
+        known = model.raw.get("pad_token_id") is not None
+        return model if known else dataclasses.replace(model, raw={**model.raw, "pad_token_id": padding(model)})
     family = model.config.family
     if family not in ARCHITECTURES:
         raise ValueError(

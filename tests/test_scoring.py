@@ -130,6 +130,8 @@ def test_a_head_begins_as_transformers_draws_it_or_as_zeros(speaker):
     zeros = jaxft.reward_model(speaker, init="zeros")
     assert not np.any(zeros.rewards(zeros.params, TOKENS))
     assert jaxft.reward_model(zeros) is zeros
+    unnamed = dataclasses.replace(zeros, raw={**zeros.raw, "pad_token_id": None})
+    assert jaxft.reward_model(unnamed).raw["pad_token_id"] == PAD
 
 
 def test_what_is_made_here_loads_there(speaker, tmp_path):
@@ -155,28 +157,33 @@ def trained(model: jaxft.Model, method, key: int = 1):
     return jaxft.combine(jax.tree.unflatten(shape, moved), frozen), ours
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2), DoRA(rank=2), IA3()], ids=["lora", "dora", "ia3"])
+IN_PEFT = [LoRA(rank=2), DoRA(rank=2), IA3(), BitFit(), PromptTuning(tokens=2)]
+
+
+@pytest.mark.parametrize("method", IN_PEFT, ids=lambda m: type(m).__name__)
 def test_adapters_load_in_peft_and_come_back(method, speaker, tmp_path):
     made = jaxft.reward_model(speaker, jax.random.key(0))
     params, ours = trained(made, method)
     assert ours["score"] is not None and not any(jax.tree.leaves(ours["embed"]))
+    whole = TOKENS[:1]  # after a prompt, peft's models look for no padding
     folder = jaxft.save_adapter(made, params, tmp_path / "adapter", [method])
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["score"]
-    want = np.asarray(made.rewards(params, TOKENS))
+    want = np.asarray(made.rewards(params, whole))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         base = reload(speaker.directory, num_labels=1)
         theirs = peft.PeftModel.from_pretrained(base, folder).eval()
-        np.testing.assert_allclose(said(theirs), want, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(said(theirs, whole), want, rtol=1e-4, atol=1e-5)
         theirs.save_pretrained(tmp_path / "again")
     fresh = jaxft.reward_model(speaker, init="zeros")
     for source in (folder, tmp_path / "again"):
-        np.testing.assert_allclose(fresh.rewards(jaxft.load_adapter(fresh, source), TOKENS), want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(fresh.rewards(jaxft.load_adapter(fresh, source), whole), want, rtol=1e-5, atol=1e-6)
     with pytest.raises(AdapterError, match=r"SEQ_CLS.*jaxft\.reward_model"):
         jaxft.load_adapter(speaker, folder)
-    merged = jaxft.save_hf(made, jaxft.merge(params), tmp_path / "merged")
-    np.testing.assert_allclose(said(reload(merged)), want, rtol=1e-4, atol=1e-5)
+    if isinstance(method, LoRA):
+        merged = jaxft.save_hf(made, jaxft.merge(params), tmp_path / "merged")
+        np.testing.assert_allclose(said(reload(merged), whole), want, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_made_by_peft_loads_here(folder, model, tmp_path):
@@ -193,7 +200,7 @@ def test_an_adapter_made_by_peft_loads_here(folder, model, tmp_path):
     np.testing.assert_allclose(model.rewards(params, TOKENS), said(theirs.eval()), rtol=1e-4, atol=1e-5)
 
 
-OTHERS = [Full(select="norms"), LastLayers(n=1), BitFit(), PromptTuning(tokens=2), TrainableTokens(tokens=(5,))]
+OTHERS = [Full(select="norms"), LastLayers(n=1), TrainableTokens(tokens=(5,))]
 
 
 @pytest.mark.parametrize("method", OTHERS, ids=lambda m: type(m).__name__)

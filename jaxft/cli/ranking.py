@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxft import run_dir
-from jaxft.cli import curves, summary
+from jaxft.cli import curves, heads, summary
 from jaxft.cli.members import Member
 from jaxft.config import RunConfig
 from jaxft.training import evaluate, sinks
@@ -97,11 +97,9 @@ def show(console: Console, config: RunConfig, runs: Sequence[Member], result: Re
     if len(lost) == len(ranked):
         return 1
     best = shlex.quote(str(ranked[0].member.folder))
+    talk = "" if heads.scores(config) else f"  jaxft chat {best}    talk with the best\n"
     console.print(
-        "Next:\n"
-        f"  jaxft chat {best}    talk with the best\n"
-        f"  jaxft eval {best} data.path=<rows>\n"
-        f"  jaxft merge {best} --out <folder>",
+        f"Next:\n{talk}  jaxft eval {best} data.path=<rows>\n  jaxft merge {best} --out <folder>",
         markup=False,
         soft_wrap=True,
     )

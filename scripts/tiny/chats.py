@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from scripts.tiny import task as tasklib
 from scripts.tiny.task import Instance, Task
+from scripts.tiny.words import COMMON
 
 Row = dict[str, object]
 GREETINGS = (
@@ -66,10 +67,14 @@ def stepwise(deck: Sequence[Task], rng: random.Random, *, held: bool) -> Row:
         instance = tasklib.draw(rng.choice(deck), rng, held=held)
         parts = instance.answer.split()
     steps = list(parts)
-    if rng.random() < 0.65:
+    kind = rng.random()
+    if kind < 0.15:  # two items have changed places
         first = rng.choice([i for i in range(len(parts)) if set(parts[i + 1 :]) - {parts[i]}])
         other = rng.choice([j for j in range(first + 1, len(parts)) if parts[j] != parts[first]])
         steps[first], steps[other] = steps[other], steps[first]
+    elif kind < 0.65:  # one is no item of such a list
+        strange = rng.choice(COMMON) if parts[0].isdigit() else str(rng.randrange(100))
+        steps[rng.randrange(len(steps))] = rng.choice((strange, rng.choice(REFUSALS)))
     labels = [steps[:n] == parts[:n] for n in range(1, len(parts) + 1)]
     return {"prompt": _turns(tasklib.question(instance, rng)), "completions": steps, "labels": labels}
 
