@@ -140,8 +140,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 
 def _refuse_without_held_out(config: RunConfig) -> None:
-    data = config.data
-    if not (data.eval_path or data.eval_split or data.eval_fraction or data.eval_examples):
+    if not config.data.holds_out:
         raise ConfigError(
             "`data.eval_path`: methods are compared on held-out rows, and the config has none; give "
             "data.eval_path=FILE (or data.eval_split, data.eval_fraction, data.eval_examples)"

@@ -101,7 +101,7 @@ def _other_data(overrides: list[str]) -> list[str]:
     """With `data.path` given, what the config held out of other data is meant no more, nor are its sources."""
     keys = {word.partition("=")[0] for word in overrides}
     if keys & {"data.path", "data.eval_path"}:
-        overrides = ["data.sources={}", *overrides]
+        overrides = ["data.sources={}", "data.mix={}", *overrides]
     if "data.path" not in keys or any(key.startswith("data.eval_") for key in keys):
         return overrides
     return [*overrides, "data.eval_path=null", "data.eval_split=null", "data.eval_fraction=0", "data.eval_examples=0"]

@@ -23,6 +23,7 @@ from jaxft.cli import others as others_
 from jaxft.cli.job import Job, Material
 from jaxft.config import RunConfig
 from jaxft.core import tree
+from jaxft.data import sources
 from jaxft.model import Model
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import evaluate, loop, prefetch, step
@@ -66,6 +67,7 @@ def run(config: RunConfig) -> int:
     console = Console(highlight=False)
     if not config.data.given:
         raise ConfigError("`data.path` must be given: a file or data set to train on, data.path=rows.jsonl")
+    sources.check(config.data)
     others_.check(config)
     forgetting.check(config)
     run_dir.check(config)

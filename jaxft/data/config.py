@@ -188,3 +188,9 @@ class DataConfig:
     def given(self) -> bool:
         """Whether any training data are named."""
         return bool(self.path or self.sources)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether any rows are held out."""
+        every = [self, *self.sources.values()]
+        return any(one.eval_path or one.eval_split or one.eval_fraction or one.eval_examples for one in every)

@@ -33,9 +33,9 @@ def prepare(
     ``rows``: what the objective wants of them (`Objective.rows`): tokens to learn, pairs of a chosen and a rejected
     completion, labelled completions (pairs are taken apart), or solutions with labelled steps; of every source alike.
     ``reserved``: positions of a sequence that a trained prompt takes (see `Loader`)."""
+    sources.check(config)
     if not config.sources:
         return examples_.prepare(config, tokenizer, rows, reserved)
-    sources.check(config)
     names, left_out = sources.mixed(config)
     settings = [sources.alone(config, name) for name in names]
     made = [_named(name, one, tokenizer, rows, reserved) for name, one in zip(names, settings, strict=True)]

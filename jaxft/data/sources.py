@@ -50,6 +50,12 @@ def alone(config: DataConfig, name: str) -> DataConfig:
 def check(config: DataConfig) -> None:
     """Refuses settings of a mixture that contradict each other. Raises DataError naming the key."""
     defaults, names = DataConfig(), ", ".join(config.sources)
+    if not config.sources:
+        if config.mix != defaults.mix:
+            raise DataError(
+                "", "data.mix", "settings of a mixture", "data.sources to mix", "Name them, or leave it out."
+            )
+        return
     for key in ITS_OWN:
         if getattr(config, key) != getattr(defaults, key):
             expected = f"nothing there beside data.sources ({names})"
@@ -73,6 +79,7 @@ def check(config: DataConfig) -> None:
         raise DataError("", "data.mix.temperature", str(config.mix.temperature), "a number above 0", "")
     if config.mix.schedule and rule != "weights":
         raise DataError("", "data.mix.schedule", f"one, with rule={rule}", "data.mix.rule=weights", "Keep one of them.")
+    mixed(config)
 
 
 def weights(config: DataConfig) -> dict[int, dict[str, float]]:

@@ -182,6 +182,12 @@ def test_pairs_of_two_sources(make_tokenizer, write):
         batch = loader.batch(number)
         assert batch["source"].shape == (4,) and batch["sequence_mask"].shape == (4, loader.plan.sequences)
         assert (batch["sequence_mask"].sum(1) == batch["segments"].max(1)).all()
+    labelled = loader_of(config, tokenizer, rows="labelled")
+    shapes = [{name: array.shape for name, array in labelled.batch(number).items()} for number in range(6)]
+    assert all(each == shapes[0] for each in shapes) and shapes[0]["kl_tokens"][0] == 4
+    for number in range(6):  # each prompt once more, with the completion of another sequence of the batch
+        batch = labelled.batch(number)
+        assert batch["kl_sequence_mask"].sum() == batch["sequence_mask"].sum()
     config = mixed({"a": preferences(6, "a"), "b": preferences(3, "c", margin=1.5)})
     with pytest.raises(DataError, match="columns none in a and margin in b"):
         data.prepare(config, tokenizer, "pairs")
@@ -225,6 +231,22 @@ def test_what_is_refused(make_tokenizer, paths, change, said):
     with pytest.raises(DataError) as caught:
         data.prepare(mixed(moved, change.pop("mix", MixConfig()), own.items(), **change), make_tokenizer())
     assert said in str(caught.value)
+
+
+def test_parts_of_nothing(make_tokenizer, paths):
+    config = dataclasses.replace(CONFIG, path=paths["a"], mix=MixConfig(rule="proportional"))
+    with pytest.raises(DataError, match=r"`data\.mix`: got settings of a mixture; expected data\.sources"):
+        data.prepare(config, make_tokenizer())
+
+
+def test_tokens_on_disk(make_tokenizer, paths, tmp_path):
+    """`data.cache` keeps each source, told by templates too: the same batches."""
+    own = [("b", {"prompts": ("{{ messages[0].content }} ||| {{ messages[1].content }}",)})]
+    plain, cached = (mixed(paths, own=own, cache=cache) for cache in (None, str(tmp_path / "cache")))
+    for _ in range(2):
+        one, other = (loader_of(config, make_tokenizer()).batch(3) for config in (plain, cached))
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert len(list((tmp_path / "cache").iterdir())) == 4  # two sources, and their tokens and masks end to end
 
 
 def test_tasks_and_templates_of_their_own(make_tokenizer, paths, write):
