@@ -148,8 +148,8 @@ def changed(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return check.build(RunConfig, reading.over(reading.Source(check.plain(config)), overrides))
 
 
-def dump(config: RunConfig) -> str:
-    """The whole config as YAML, which `load` reads back to an equal one."""
+def dump(config: Any) -> str:
+    """The whole config (a dataclass of sections) as YAML, which `load` reads back to an equal one."""
     return yaml.dump(check.plain(config), Dumper=reading.Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,16 +24,22 @@ ADAPTER, WHOLE, BASE = "adapter", "model", "base"
 that adapter where the run quantised it anew."""
 MEMBERS = "members"
 """Folder of a sweep's members, a run's folder each but for the checkpoints, which the sweep has."""
+PIPELINE = "pipeline.yaml"
+"""File in the folder of a pipeline, which has a run's folder for each of its stages."""
 LOCK = ".lock"
 
 
 def check(config: RunConfig) -> None:
     """Raises ConfigError if `claim` or `held` would: before anything big is read."""
     _check(config)
-    lock = Path(str(config.run_dir)) / LOCK
-    if lock.exists():
+    refuse_held(Path(str(config.run_dir)))
+
+
+def refuse_held(folder: Path) -> None:
+    """Raises ConfigError if a process is in a run's folder."""
+    if (lock := folder / LOCK).exists():
         with lock.open() as file:
-            _take(file.fileno(), lock.parent, fcntl.LOCK_SH)
+            _take(file.fileno(), folder, fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
@@ -128,14 +135,26 @@ def _refuse_restart(folder: Path) -> None:
 
 def write(config: RunConfig) -> None:
     """Writes config.yaml at once or not at all; a different earlier one is kept under a number."""
-    folder, text = Path(str(config.run_dir)), config_.dump(config)
+    keep(Path(str(config.run_dir)), CONFIG, config_.dump(config))
+
+
+def keep(folder: Path, name: str, text: str) -> None:
+    """Writes a file of a run's folder at once or not at all; a different earlier one is kept: NAME.1.yaml, ..."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / CONFIG
+    target = folder / name
     if target.exists():
         if target.read_text(encoding="utf-8") == text:
             return
-        number = 1 + len(list(folder.glob("config.*.yaml")))
-        target.rename(folder / f"config.{number}.yaml")
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, target)
+        number = 1 + len(list(folder.glob(f"{target.stem}.*{target.suffix}")))
+        target.rename(folder / f"{target.stem}.{number}{target.suffix}")
+    put(target, text)
+
+
+def put(target: Path, text: str) -> None:
+    """Writes a file at once or not at all, whoever else writes the same."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, prefix=".", delete=False) as partial:
+        partial.write(text)
+        partial.flush()
+        os.fsync(partial.fileno())
+    os.chmod(partial.name, 0o644)
+    os.replace(partial.name, target)

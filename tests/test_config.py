@@ -5,6 +5,7 @@ import pytest
 from jaxft import config, recipes
 from jaxft.border import check, fields, reading
 from jaxft.border.errors import ConfigError
+from jaxft.cli import stages
 from jaxft.config import RunConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS
@@ -139,7 +140,19 @@ def test_schema_and_checker_name_the_same_keys():
             assert described[section]["properties"][rest[0]]["description"] == field.doc
 
 
-@pytest.mark.parametrize("recipe", recipes.every(), ids=lambda recipe: recipe.name)
+PIPELINES = [recipe for recipe in recipes.every() if stages.is_pipeline(recipe.path)]
+SINGLE = [recipe for recipe in recipes.every() if recipe not in PIPELINES]
+
+
+@pytest.mark.parametrize("recipe", PIPELINES, ids=lambda recipe: recipe.name)
+def test_shipped_pipelines(recipe):
+    """Each resolves, and holds its stages' names, what they take, and what differs from the defaults."""
+    found = stages.read(recipe.path)
+    assert recipe.title and recipe.facts["command"].startswith(f"jaxft run configs/{recipe.name}.yaml")
+    assert len(found.stages) > 1 and len(recipe.path.read_text().splitlines()) <= 50
+
+
+@pytest.mark.parametrize("recipe", SINGLE, ids=lambda recipe: recipe.name)
 def test_shipped_configs(recipe):
     """Each loads, says in its header what it does and how, and holds nothing but what differs from the defaults."""
     loaded = config.load(recipe.path, [] if "path:" in recipe.path.read_text() else ["model.path=x"])

@@ -15,6 +15,8 @@ from jaxft.cli import arguments, failures
 # verb -> (module, what it does)
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("jaxft.cli.train", "Fine-tune a model"),
+    "run": ("jaxft.cli.run", "Run the stages of a pipeline, each on the model of the one before"),
+    "teach": ("jaxft.cli.teach", "Let a teacher answer prompts, and keep what a verifier passes to train on"),
     "generate": ("jaxft.cli.generate", "Answer prompts"),
     "chat": ("jaxft.cli.chat", "Talk with a model in the terminal"),
     "rank": ("jaxft.cli.rank", "Let a person put answers in order, and write preferences to train on"),

@@ -9,12 +9,14 @@ import argparse
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from jaxft import model as model_
 from jaxft.cli import precision, target
 from jaxft.core import tree
 from jaxft.quant import errors
+from jaxft.sharding import mesh as mesh_
 
 REPORT = "merge_errors.json"
 """File beside the merged weights: each layer's error, where the base was in few bits."""
@@ -33,7 +35,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace) -> int:
     """Loads, merges, writes."""
-    model, params = target.load(target.find(args.target, args.overrides))
+    found = target.find(args.target, args.overrides)
+    mesh_.start(found.config.mesh)
+    model, params = target.load(found)
     made = tree.merge(params)
     made = errors.repacked(made, params, model.names) if args.packed else made
     how = {"dtype": args.dtype, "max_shard_size": args.max_shard_size, "packed": args.packed}
@@ -41,7 +45,8 @@ def command(args: argparse.Namespace) -> int:
     if rows := list(errors.merging(params, model.names, None if args.dtype is None else jnp.dtype(args.dtype))):
         precision.show_merged(rows, args.packed)
         report = {"total": precision.shares(*rows), "layers": {row.module: precision.shares(row) for row in rows}}
-        (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        if jax.process_index() == 0:
+            (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     auto = "AutoModelForSequenceClassification" if model.config.labels else "AutoModelForCausalLM"
     print(f"Wrote {folder}. Load it with {auto}.from_pretrained({str(args.out)!r}).")
     return 0

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxft.checkpoint.errors import CheckpointError
 from jaxft.cli import target
 from jaxft.cli.target import Target
@@ -38,9 +40,9 @@ class Speaker:
         return texts.ends(self.tokenizer)[0] + self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def load(found: Target) -> Speaker:
-    """Loads a target that has a tokenizer. Raises CheckpointError."""
-    model, params = target.load(found)
+def load(found: Target, mesh: Mesh | None = None) -> Speaker:
+    """Loads a target that has a tokenizer, on a mesh if there is one. Raises CheckpointError."""
+    model, params = target.load(found, mesh)
     if model.tokenizer is None:
         where = model.source or "the model"
         raise CheckpointError(where, "no tokenizer", "a tokenizer beside the model", "Give a folder that has one.")

@@ -17,15 +17,14 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from jaxft import data, run_dir
+from jaxft import run_dir
 from jaxft.border.errors import ConfigError
 from jaxft.cli import arguments as arguments_
-from jaxft.cli import judgements, prompting, target
+from jaxft.cli import judgements, prompting, questions, target
 from jaxft.cli.judgements import Book
 from jaxft.cli.prompting import Speaker
 from jaxft.cli.target import Target
 from jaxft.data import Prompt
-from jaxft.data import examples as examples_
 from jaxft.data import sources as sources_
 from jaxft.data.records import Row
 from jaxft.objectives import OBJECTIVES
@@ -162,42 +161,13 @@ def _prompts(found: Target, speaker: Speaker, texts: list[str], limit: int | Non
     if texts:
         given = [[{"role": "user", "content": text}] if speaker.render else text for text in texts]
         rows = [Row({"prompt": each}, f"--prompt {i}") for i, each in enumerate(given, 1)]
-        every = _of_rows(rows, "", config, speaker)
+        every = questions.prompts(rows, "", config, speaker.tokenizer)
     elif config.given:
         settings = [sources_.alone(config, name) for name in config.sources] or [config]
         wanted = OBJECTIVES[found.config.objective.name].rows
-        every = [prompt for each in settings for prompt in _of_data(each, wanted, limit, speaker)]
+        parts = [(*questions.rows_of(each, wanted, limit), each) for each in settings]
+        every = [prompt for part in parts for prompt in questions.prompts(*part, speaker.tokenizer)]
     else:
         raise ConfigError("no prompt; say data.path=rows.jsonl (rows with a `prompt`, or any others), or --prompt TEXT")
     once = {judgements.identity(prompt.given): prompt for prompt in reversed(every)}
     return [*reversed(once.values())][:limit]
-
-
-def _of_data(config: data.DataConfig, wanted: str, limit: int | None, speaker: Speaker) -> list[Prompt]:
-    """Prompts of a source: all that stands before the last reply, or a column `prompt` alone."""
-    source, rows = examples_.read(config), []
-    if not any(isinstance(row, Row) and "prompt" in row.fields for row in source.rows(0, 1)):
-        source, written = examples_.opened(source, config.path, config, wanted)
-    else:
-        written = ""
-    for row in source.rows(0, len(source) if limit is None else min(limit, len(source))):
-        if isinstance(row, Row):
-            rows.append(row)
-        elif config.on_error == "refuse":
-            raise row
-    return _of_rows(rows, written, config, speaker)
-
-
-def _of_rows(rows: list[Row], written: str, config: data.DataConfig, speaker: Speaker) -> list[Prompt]:
-    """The prompts of rows of a format; of none (""): of their column `prompt`, whatever else they hold."""
-    if not written:
-        rows, written = [_asking(row) for row in rows], "prompt_completion"
-    return data.prompts(rows, written, config, speaker.tokenizer)
-
-
-def _asking(row: Row) -> Row:
-    """The prompt of a row with a completion that stands for the answer."""
-    prompt = row.fields.get("prompt")
-    reply: Any = "-" if isinstance(prompt, str) else [{"role": "assistant", "content": "-"}]
-    kept = {name: value for name, value in row.fields.items() if name in ("prompt", "tools")}
-    return Row({**kept, "completion": reply}, row.where)

@@ -53,6 +53,9 @@ def find(name: str, overrides: Sequence[str] = ()) -> Target:
         raise ConfigError(f"expected a run, an adapter, a model or a config before {name!r}")
     if (path / run_dir.CONFIG).is_file():
         return _run(path, overrides)
+    if (path / run_dir.PIPELINE).is_file():
+        every = "\n".join(f"  {stage.parent}" for stage in sorted(path.glob(f"*/{run_dir.CONFIG}")))
+        raise ConfigError(f"{path}: a pipeline of several runs; say which of them:\n{every}")
     weights = any((path / file).is_file() for file in (disk.WEIGHTS, disk.PICKLE))
     if (path / disk.CONFIG).is_file() or weights:
         base = disk.read_config(path).get("base_model_name_or_path")

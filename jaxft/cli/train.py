@@ -15,6 +15,7 @@ from rich.console import Console
 
 from jaxft import config as config_
 from jaxft import run_dir
+from jaxft.border import reading
 from jaxft.border.errors import ConfigError
 from jaxft.cli import answers, assemble, forgetting, members, summary, sweep
 from jaxft.cli import arguments as arguments_
@@ -50,6 +51,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def command(args: argparse.Namespace) -> int:
     """Trains (or, in a dry run, shows the whole config); returns the exit code."""
     file, overrides = arguments_.split(args.words)
+    if file is not None and "stages" in reading.read(file).values:
+        raise ConfigError(f"{file}: a pipeline of several runs; jaxft run {file} runs them")
     config = config_.load(file, [*overrides, *(["resume=true"] if args.resume else [])])
     if args.sweep:
         config = dataclasses.replace(config, sweep=tuple(args.sweep))
