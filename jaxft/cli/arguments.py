@@ -81,5 +81,6 @@ class _Help(argparse.Action):
         if asked or parser.get_default("takes_config"):
             from jaxft.cli import keys  # imports every section: only when asked for
 
-            keys.show(asked or parser.get_default("sections") or ())
+            root = parser.get_default("root") or keys.RunConfig
+            keys.show(asked or parser.get_default("sections") or (), root=root)
         parser.exit()

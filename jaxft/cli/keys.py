@@ -15,16 +15,17 @@ from jaxft.border.fields import Alternatives, Field
 from jaxft.config import RunConfig
 
 
-def show(sections: Sequence[str] = (), console: Console | None = None) -> None:
+def show(sections: Sequence[str] = (), console: Console | None = None, root: type = RunConfig) -> None:
     """Prints the keys of the named sections (none named: of all); ``peft=lora`` names one alternative of a section.
+    ``root``: the config that they are sections of.
 
     Raises ConfigError for a name that does not exist."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     wanted = {section: name for section, _, name in (words.partition("=") for words in sections)}
-    every = [field for field in fields.fields(RunConfig) if not sections or field.name in wanted]
-    _refuse_unknown(wanted, every)
+    every = [field for field in fields.fields(root) if not sections or field.name in wanted]
+    _refuse_unknown(wanted, every, root)
     console.print("Keys of the config, in YAML or as key=value:\n", style="bold")
     alone = [field for field in every if not _below(field) and not field.alternatives]
     if alone:
@@ -51,11 +52,11 @@ def _rows(cls: type, prefix: str) -> list[tuple[str, Field]]:
     return rows
 
 
-def _refuse_unknown(wanted: dict[str, str], found: list[Field]) -> None:
+def _refuse_unknown(wanted: dict[str, str], found: list[Field], root: type) -> None:
     known = {field.name: list(field.alternatives.classes) if field.alternatives else [] for field in found}
     for section, name in wanted.items():
         if section not in known:
-            sections = ", ".join(field.name for field in fields.fields(RunConfig))
+            sections = ", ".join(field.name for field in fields.fields(root))
             raise ConfigError(f"--help: no section {section!r}; the sections: {sections}")
         if name and name not in known[section]:
             raise ConfigError(f"--help: no {section}={name}; expected one of {', '.join(known[section])}")

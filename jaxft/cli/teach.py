@@ -105,7 +105,8 @@ class TeachConfig:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the config and `--resume`."""
-    arguments_.add_config(parser, ("data", "generate", "mesh"))
+    arguments_.add_config(parser)
+    parser.set_defaults(root=TeachConfig)
     parser.add_argument("--resume", action="store_true", help="go on with what is in run_dir (resume=true)")
     parser.add_argument("--dry-run", action="store_true", help="check the config, print all of it, and do nothing else")
 

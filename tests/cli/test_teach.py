@@ -104,6 +104,14 @@ def test_reasoning_goes_where_the_student_wants_it():
     assert made["drop"] == {"role": "assistant", "content": "4"}
 
 
+def test_help_shows_its_own_keys(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["teach", "--help"])
+    out = capsys.readouterr().out
+    assert all(key in out for key in ("teacher.adapter", "verify.extract", "samples", "data.limit", "generate.batch"))
+    assert "peft.rank" not in out
+
+
 def test_refusals(capsys, settings, tmp_path):
     for words, said in (
         (["generate.temperature=0"], "samples that are all the same"),
