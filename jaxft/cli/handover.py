@@ -4,6 +4,7 @@
 with the merged model's.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,14 +45,17 @@ def how(take: Any, before: RunConfig | None) -> Take:
     return take or ("merge" if whole(before) else "keep")
 
 
-def lay(laid: Source, own: Source, take: Take, before: RunConfig, folder: Path) -> tuple[str, ...]:
+def lay(
+    laid: Source, own: Source, take: Take, before: RunConfig, folder: Path, grown: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Puts the model of the run in ``folder`` into a stage's values, and returns lines for what of them is not used.
 
-    Raises ConfigError for keys that the stage has of its ``own`` and that the taken model decides."""
+    ``grown``: new tokens that the model has already. Raises ConfigError for keys that the stage has of its ``own`` and
+    that the taken model decides."""
     model, written = dict(_plain(laid.values.get("model")) or {}), _plain(own.values.get("model")) or {}
     decided = [f"model.{key}" for key in written if key in ("path", "revision", "init")]
     if take != "merge":
-        decided += [f"model.{key}" for key in written if key not in ALWAYS and f"model.{key}" not in decided]
+        decided += [f"model.{key}" for key in written if key not in (*ALWAYS, "new_tokens", "path", "revision", "init")]
         decided += ["quant"] if "quant" in own.values else []
         decided += ["peft"] if take == "keep" and "peft" in own.values else []
     if decided:
@@ -61,13 +65,16 @@ def lay(laid: Source, own: Source, take: Take, before: RunConfig, folder: Path) 
         raise ConfigError(
             f"`{decided[0]}`: a stage with take: {take} has that of the stage before; leave it out ({remedy})"
         )
+    tokens = [token for token in _plain(model.get("new_tokens")) or [] if token not in grown]
+    if tokens and take != "merge":
+        raise ConfigError(f"`model.new_tokens`: got {tokens[0]}; under an adapter the vocabulary stays: take: merge")
     given, left = {key: model[key] for key in ALWAYS if key in model}, []
     for key in ALWAYS:
         given.setdefault(key, getattr(before.model, key))
     if take == "merge":
         made = folder / (run_dir.WHOLE if whole(before) else MERGED)
         kept = {key: value for key, value in model.items() if key in ("pad_token", "vocab_multiple")}
-        laid.values["model"] = {**kept, **given, "path": str(made), "new_tokens": written.get("new_tokens", [])}
+        laid.values["model"] = {**kept, **given, "path": str(made), "new_tokens": tokens}
         return ()
     anew = _anew(before)
     base = {name: value for name, value in border.plain(before.model).items() if name not in ALWAYS}

@@ -58,6 +58,11 @@ class Stage:
         return self.kind == "train" and handover.scores(self.config)
 
     @property
+    def new_tokens(self) -> tuple[str, ...]:
+        """Tokens that this stage and those before it have added to the vocabulary."""
+        return (*(self.before.new_tokens if self.before else ()), *self.config.model.new_tokens)
+
+    @property
     def model(self) -> Path:
         """The whole model that comes out of it, merged if need be."""
         return self.folder / (run_dir.WHOLE if handover.whole(self.config) else MERGED)
@@ -141,7 +146,7 @@ def _stage(source: Source, file: Path, name: str, folder: Path, every: Sequence[
     else:
         how = handover.how(take, None if before is None else before.config)
         if before is not None and how != "none":
-            left = handover.lay(laid, own, how, before.config, before.folder)
+            left = handover.lay(laid, own, how, before.config, before.folder, before.new_tokens)
             merges += [before.folder] if how == "merge" and not handover.whole(before.config) else []
     config = check.build(KINDS[kind], laid)
     if isinstance(config, RunConfig):

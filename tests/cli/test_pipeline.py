@@ -197,6 +197,7 @@ REFUSED = [
     ({"sft": {}, "dpo": {"take": "stack", "peft": "full"}}, "got full on a frozen adapter"),
     ({"sft": {"model": {"init": "random"}}, "dpo": {}}, "draws its model anew"),
     ({"sft": {"objective": {"name": "reward"}}, "dpo": {}}, "stage sft makes a reward model"),
+    ({"sft": {}, "dpo": {"model": {"new_tokens": ["<t>"]}}}, "got <t>; under an adapter the vocabulary stays"),
     ({"sft": {"sweep": ["optim.lr=1,2"]}}, "`sweep`"),
     ({"sft": {"kind": "pretrain"}}, "expected one of train, generate"),
     ({"sft": {"checkpoint": {"keep_last": 0}}}, "checkpoint.keep_last"),
@@ -227,6 +228,19 @@ def test_the_command_line_reaches_all_stages_or_one(capsys, rows, defaults):
     for word, said in (("stages.dop.optim.lr=1", "did you mean `dpo`?"), ("trian.batch=1", "did you mean `train`?")):
         code, _, err = jaxft(capsys, "run", file, word)
         assert code == 2 and said in err
+
+
+def test_a_vocabulary_grows_once(capsys, rows, defaults):
+    """Tokens that all stages name are there when the model is taken."""
+    defaults["model"]["new_tokens"] = ["<a>", "<b>"]
+    file = pipeline(
+        rows, defaults, one=sft(rows), two=sft(rows, take="merge"), three=dpo(rows), four=sft(rows, take="merge")
+    )
+    more = ["stages.four.model.new_tokens=[<b>, <c>]"]
+    code, out, err = jaxft(capsys, "run", file, "--dry-run", *more)
+    assert code == 0, err
+    found = [config["model"]["new_tokens"] for config in yaml.safe_load_all(out)]
+    assert found == [["<a>", "<b>"], [], [], ["<c>"]]
 
 
 def test_a_config_file_below_and_what_a_kept_adapter_does_not_use(capsys, rows, defaults):
