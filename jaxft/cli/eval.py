@@ -14,15 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from jaxft import data
+from jaxft import data, peft
 from jaxft.border.errors import ConfigError
 from jaxft.cli import answers, assemble, forgetting, heads, precision, summary, target
 from jaxft.cli import others as others_
 from jaxft.cli.target import Target
-from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import DataConfig, Examples, Loader
 from jaxft.data import examples as examples_
@@ -35,6 +35,7 @@ from jaxft.objectives import OBJECTIVES, calibration
 from jaxft.rollout import replies
 from jaxft.rollout.replies import Reply
 from jaxft.sharding import mesh as mesh_
+from jaxft.sharding import rules
 from jaxft.training import evaluate, step
 from jaxft.training.state import TrainState
 
@@ -77,7 +78,7 @@ def command(args: argparse.Namespace) -> int:
     examples, form, source = held_out(
         config.data, model, OBJECTIVES[config.objective.name].rows, slots.prompt_length(params)
     )
-    measured = losses(config, model, params, examples, how)
+    measured = losses(found, model, params, examples, how)
     values = evaluate.summary(measured) | forgetting.measured(config, model, params, how)
     table = reliability(measured)
     said = _replies(found, model, params, examples, form, how, args.limit, args.shots)
@@ -122,16 +123,30 @@ def held_out(config: DataConfig, model: Model, rows: str = "tokens", reserved: i
     return prepared.train, prepared.format, str(config.path or ", ".join(config.sources))
 
 
-def losses(config: RunConfig, model: Model, params: tree.Params, examples: Examples, how: Execution) -> dict[str, Any]:
+def start(found: Target, model: Model, mesh: Mesh | None) -> tree.Params:
+    """The policy as its run began; of what no run made, the model without the adapter. ``model``: that of ``found``."""
+    begun = found.begun
+    if begun is None:
+        return model.params
+    if (begun.model, begun.quant) != (found.config.model, found.config.quant):
+        model, _ = target.load(Target(begun, None), mesh)
+    if any(peft.method_of(choice.value).calibrate(choice.value) for choice in begun.peft):
+        return model.params  # which such a method begins at, whatever the data that it began from
+    params, *_ = assemble.adapted(begun, model)
+    return params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))
+
+
+def losses(found: Target, model: Model, params: tree.Params, examples: Examples, how: Execution) -> dict[str, Any]:
     """The objective's terms, metrics and tables, for `evaluate.summary`: means over all target tokens, pairs or steps.
-    The reference, where there is one, and the start are the model without the adapter, unless another is named."""
-    config = forgetting.anywhere(others_.live(config), examples)
+    The reference, where there is one, and the start are the policy as its run began (`start`), unless another is
+    named."""
+    config = forgetting.anywhere(others_.live(found.config), examples)
     objective, chosen = assemble.objective(config, examples), config.objective.value
     asked = objective.asked(chosen)
     others = others_.load(config, model, how.mesh)
-    for view in {"reference", "start"} & {*asked.views} - {*others}:
-        others[view] = dataclasses.replace(model, params=tree.strip(params))
     eval_step = step.make_eval_step(objective, chosen, others_.scorer(config, model, how, others))
+    if views := {"reference", "start"} & {*asked.views} - {*others}:
+        others |= dict.fromkeys(views, dataclasses.replace(model, params=start(found, model, how.mesh)))
     settings = dataclasses.replace(config.data, shuffle=False)
     assemble.check_tasks(params, examples)
     reserved, retold = slots.prompt_length(params), None

@@ -33,6 +33,8 @@ class Target:
     """`model` says what to load; the rest is the run's own, or the defaults."""
     adapter: Path | None
     """The adapter to put on the model."""
+    begun: RunConfig | None = None
+    """Of a run: what it began with."""
 
 
 def add(parser: argparse.ArgumentParser, sections: Sequence[str] = ()) -> None:
@@ -87,6 +89,7 @@ def _same(name: str, overrides: Sequence[str]) -> Sequence[str]:
 
 def _run(folder: Path, overrides: Sequence[str]) -> Target:
     """The model that a run began with and its adapter, or the whole model that it made."""
+    begun = config_.load(folder / run_dir.CONFIG, overrides)
     if (folder / run_dir.BASE / "config.json").is_file() and (folder / run_dir.ADAPTER / disk.CONFIG).is_file():
         if asked := [word for word in overrides if word.startswith("quant.")]:
             raise ConfigError(
@@ -94,9 +97,9 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
                 f"it ({run_dir.BASE}/), and to no other"
             )
         own = ["model.revision=null", "model.new_tokens=[]", f"model.path={folder / run_dir.BASE}", "quant.method=none"]
-        return Target(config_.load(folder / run_dir.CONFIG, [*own, *overrides]), folder / run_dir.ADAPTER)
+        return Target(config_.load(folder / run_dir.CONFIG, [*own, *overrides]), folder / run_dir.ADAPTER, begun)
     if (folder / run_dir.ADAPTER / disk.CONFIG).is_file():
-        return Target(config_.load(folder / run_dir.CONFIG, overrides), folder / run_dir.ADAPTER)
+        return Target(begun, folder / run_dir.ADAPTER, begun)
     if (folder / run_dir.WHOLE / "config.json").is_file():
         made = [
             "model.revision=null",
@@ -104,7 +107,7 @@ def _run(folder: Path, overrides: Sequence[str]) -> Target:
             f"model.path={folder / run_dir.WHOLE}",
             "model.new_tokens=[]",
         ]
-        return Target(config_.load(folder / run_dir.CONFIG, [*made, *_same(str(folder), overrides)]), None)
+        return Target(config_.load(folder / run_dir.CONFIG, [*made, *_same(str(folder), overrides)]), None, begun)
     refuse_sweep(folder)
     raise ConfigError(
         f"{folder}: the run has no result yet ({run_dir.ADAPTER}/ or {run_dir.WHOLE}/); let it end: "

@@ -72,6 +72,27 @@ def test_every_way_to_the_same_reference(capsys, words, tiny, tmp_path, peft):
         assert said["rewards/margins"] == pytest.approx(last["eval_rewards/margins"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "peft",
+    [
+        ["peft.method=full"],
+        ["peft.method=prompt_tuning", "peft.tokens=3"],
+        ["peft.method=adapter", "peft.frozen=false"],
+    ],
+)
+def test_a_run_is_evaluated_against_what_it_began_with(capsys, words, tmp_path, peft):
+    """Though what it made is another model, a prompt that was never the identity, or an adapter trained further."""
+    if "adapter" in peft[0]:
+        jaxft(capsys, *words, "peft.method=lora", f"run_dir={tmp_path / 'first'}")
+        peft = [*peft, f"peft.path={tmp_path / 'first' / 'adapter'}"]
+    jaxft(capsys, *words, *peft, f"run_dir={tmp_path / 'run'}")
+    last = rows(tmp_path / "run", "eval_")[-1]
+    said = json.loads(jaxft(capsys, "eval", tmp_path / "run", "--json", "--limit", "0"))
+    assert last["eval_loss"] < 0.69
+    for name in ("loss", "rewards/margins", "rewards/chosen"):
+        assert said[name] == pytest.approx(last[f"eval_{name}"], rel=1e-3, abs=1e-4)
+
+
 def test_what_is_known_is_shared_and_refused_for_anything_else(capsys, words, tmp_path):
     stored = [f"reference.stored={tmp_path / 'shared'}", "reference.precompute=true"]
     assert "log-probabilities of 8 sequences" in jaxft(capsys, *words, *stored, f"run_dir={tmp_path / 'a'}")
