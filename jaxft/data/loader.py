@@ -82,7 +82,8 @@ class Loader:
             raise DataError("", "data", got, "at least one", remedy)
         shared = self.plan.pieces.given is not None
         if shared and config.packing == "none":
-            self.length = whole_blocks(int(self.plan.pieces.lengths.max()) + reserved, config)
+            found = self.plan.pieces
+            self.length = whole_blocks(int((found.lengths + reserved * found.documents).max()), config)
         self.width = whole_blocks(self.plan.width, config) if shared else 0
         self.room = room
         self._beside = None if beside is None else beside.beside(examples, self.plan, room, config)

@@ -50,6 +50,13 @@ class Pieces:
         """Tokens that stand once in each slot and twice in its sequences."""
         return np.zeros(len(self), np.int64) if self.given is None else together(np.add, self.given, self.group)
 
+    @property
+    def documents(self) -> np.ndarray:
+        """Stretches in each slot that begin a document, before which a learnt prompt stands."""
+        if self.given is None:
+            return np.full(len(self), self.group)
+        return together(np.add, (self.given == 0).astype(np.int64), self.group)
+
     def order(self, slots: np.ndarray) -> np.ndarray:
         """These slots, the longest first; of equally long ones first those that share more, then as they come."""
         return slots[np.lexsort((np.arange(len(slots)), -self.shared[slots], -self.lengths[slots]))]
@@ -79,7 +86,7 @@ class Plan:
     @property
     def documents(self) -> int:
         """Stretches that begin a document, in all rows."""
-        return len(self.pieces.start) if self.pieces.given is None else len(self.pieces)
+        return int(self.pieces.documents.sum())
 
     @property
     def width(self) -> int:
@@ -168,14 +175,14 @@ def apart(values: np.ndarray, group: int) -> np.ndarray:
 
 def plan(found: Pieces, capacity: int, packing: str, reserved: int = 0) -> Plan:
     """Assign slots to rows of `capacity` tokens, packed ones with `reserved` positions before each."""
-    lengths = found.lengths[found.order(np.arange(len(found)))]
+    order = found.order(np.arange(len(found)))
+    lengths = found.lengths[order]
     if packing == "none":
         return Plan(found, capacity, packing, np.arange(len(lengths)), np.arange(len(lengths) + 1), reserved)
     if packing == "wrapped":
         rows = -(-int(lengths.sum()) // capacity)
         return Plan(found, capacity, packing, np.arange(0), np.zeros(rows + 1, np.int64))
-    documents = found.group if found.given is None else 1
-    row = best_fit((lengths + reserved * documents).tolist(), capacity)
+    row = best_fit((lengths + reserved * found.documents[order]).tolist(), capacity)
     counts = np.bincount(row, minlength=int(row.max(initial=-1)) + 1)
     offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int64)
     return Plan(found, capacity, packing, np.argsort(row, kind="stable"), offsets, reserved)

@@ -49,6 +49,7 @@ def prepared(tmp_path_factory):
     rows = [
         {"prompt": say(1, 14) + " ", "chosen": "yes " + say(1, 6), "rejected": "no " + say(1, 6)} for _ in range(13)
     ]
+    rows[3]["prompt"] = rows[9]["prompt"] = ""  # nothing but what stands before every text
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = data.DataConfig(path=str(file), max_length=40, shuffle=False)
     return config, data.prepare(config, tokenizer_.load(ASSETS / "tiny"), rows="pairs").train
@@ -126,10 +127,13 @@ def test_every_epoch_fits_the_width(prepared):
     config, examples = prepared
     config = dataclasses.replace(config, shuffle=True)
     made = data.Loader(examples, config, batch_rows=2, share=True, reserved=2)
+    given = made.plan.pieces.given
+    assert given is not None and (given[1::2] == 0).sum() == 2  # the empty prompts
     fullest = 0
     for number in range(5 * made.batches_per_epoch):
         batch = made.batch(number)
         assert batch["unfold"].shape[1] == made.width and batch["tokens"].shape[1] == made.length
+        assert (np.bincount(batch["positions"][batch["segments"] > 0]) > 0).all()
         for row in range(2):
             used = batch["unfold_segments"][row] > 0
             fullest = max(fullest, int(used.sum()))
