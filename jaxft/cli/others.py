@@ -18,6 +18,7 @@ from rich.console import Console
 from jaxft import data
 from jaxft import model as model_
 from jaxft.border.errors import ConfigError
+from jaxft.checkpoint import hf, hub, tokenizer
 from jaxft.checkpoint import state as disk
 from jaxft.cli import assemble
 from jaxft.cli.job import Material
@@ -26,6 +27,7 @@ from jaxft.core import tree
 from jaxft.data import Examples, Loader, Prepared, known, topk
 from jaxft.data.retold import Retold
 from jaxft.model import Model
+from jaxft.models import families
 from jaxft.models.decoder import Execution
 from jaxft.models.divergences import Divergence
 from jaxft.objectives import OBJECTIVES, Distil
@@ -111,6 +113,20 @@ def _load(section: ReferenceSection | TeacherSection, mesh: Mesh | None, dtype: 
     return model_.load(str(section.path), str(dtype), revision=section.revision, mesh=mesh, quantize=packed)
 
 
+def _stored_vocabulary(config: RunConfig, base: Model) -> int:
+    """The ids from 0 that a stored teacher chose among. Raises ConfigError for ids that the model lacks."""
+    section = config.teacher
+    if section.path is None:
+        file = Path(str(section.stored)) / "train" / topk.ABOUT
+        known = topk.vocabulary(file)
+        if known > base.config.vocab_size:
+            raise ConfigError(f"`teacher.stored`: {file} is of {known} ids; the model has {base.config.vocab_size}")
+        return known
+    directory = hub.directory(section.path, section.revision, weights=False)
+    other, _ = families.read(hf.config_of(directory), str(directory / "config.json"))
+    return distil.shared_vocabulary(base.config, base.tokenizer, other, tokenizer.load(directory))
+
+
 def handed_over(others: dict[str, Model], unroll: bool) -> dict[str, tree.Params]:
     """Their parameters as the step wants them."""
     return {
@@ -154,6 +170,8 @@ def _distilled(config: RunConfig, base: Model, how: Execution, taught: Model | N
     vocabulary = None
     if taught is not None and settings.divergence != "uld":
         vocabulary = distil.shared_vocabulary(base.config, base.tokenizer, taught.config, taught.tokenizer)
+    elif settings.teacher == "stored":
+        vocabulary = _stored_vocabulary(config, base)
     return distil.make_score(
         base.config,
         None if taught is None else taught.config,

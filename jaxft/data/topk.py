@@ -159,6 +159,15 @@ def read(folder: str | Path, of: About) -> Stored:
     return stored
 
 
+def vocabulary(file: Path) -> int:
+    """How many ids the teacher chose among, as a folder's `topk.json` says. Raises DataError if it does not."""
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["vocabulary"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"what cannot be read ({error})"
+        raise DataError(str(file), "", got, "a folder of stored log-probabilities", "Store them first.") from None
+
+
 def _refuse_other(folder: Path, of: About) -> dict[str, Any]:
     """What the folder says of itself. Raises DataError unless it is ``of`` that."""
     file = folder / ABOUT

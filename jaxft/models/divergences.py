@@ -166,6 +166,9 @@ def ranked_distance(t: jax.Array, s: jax.Array) -> jax.Array:
 class _Stored(_Compared):
     """``rows``: labels, and the teacher's likeliest tokens with their log-probabilities, [..., K]."""
 
+    vocabulary: int
+    """The ids from 0 that the teacher chose among."""
+
     def given(self, other: None, rows: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
         labels, ids, logp = rows
         t = jnp.maximum(logp.astype(jnp.float32), LEAST)
@@ -178,7 +181,7 @@ class _Stored(_Compared):
         labels, ids, t = given
         out = self._own(y, labels)
         if "divergence" in self.needs:
-            scaled = y / self.divergence.temperature
+            scaled = y[..., : self.vocabulary] / self.divergence.temperature
             s = jnp.take_along_axis(scaled, ids, -1)
             if self.divergence.rest == "bucket":
                 # not 1 minus the others, which has no digits left where the student is sure
@@ -187,7 +190,8 @@ class _Stored(_Compared):
             out["divergence"] = self.divergence(t, jax.nn.log_softmax(s))
         if "agreement" in self.needs:
             best = jnp.take_along_axis(ids, jnp.argmax(t[..., : ids.shape[-1]], -1, keepdims=True), -1)
-            out["agreement"] = (jnp.argmax(y, -1) == best[..., 0]).astype(jnp.float32)
+            own = jnp.argmax(y[..., : self.vocabulary], -1)
+            out["agreement"] = (own == best[..., 0]).astype(jnp.float32)
         if "teacher_entropy" in self.needs:
             out["teacher_entropy"] = -jnp.sum(jnp.exp(t) * t, -1)
         return out
@@ -245,19 +249,24 @@ def token_scores_stored(
     needs: tuple[str, ...] = ("divergence",),
     *,
     reports: tuple[str, ...] = (),
+    vocabulary: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """`token_scores` from what was kept of a teacher: ``teacher`` is the ids int32[B, T, K] of the K likeliest tokens
     after each hidden state, all different, and their log-probabilities at ``divergence.temperature``, floating
     [B, T, K].
 
-    Raises ValueError for other needs, for ``uld``, and for a K that leaves no rest."""
+    ``vocabulary``: the ids from 0 that it chose among; all of the student's by default. Raises ValueError for other
+    needs, for ``uld``, for ids that the student lacks, and for a K that leaves no rest."""
     ids, logp = teacher
+    vocabulary = config.vocab_size if vocabulary is None else vocabulary
+    if not 0 < vocabulary <= config.vocab_size:
+        raise ValueError(f"vocabulary: got {vocabulary} for stored tokens; the student has {config.vocab_size} ids")
     if divergence.name == "uld":
         raise ValueError("divergence: got uld with a stored teacher; expected one that compares token by token")
-    if divergence.rest == "bucket" and ids.shape[-1] >= config.vocab_size:
-        raise ValueError(f"teacher_ids: {ids.shape[-1]} of {config.vocab_size} tokens leave no rest; expected fewer")
-    ask = _Stored(divergence, *_asked(needs, reports))
+    if divergence.rest == "bucket" and ids.shape[-1] >= vocabulary:
+        raise ValueError(f"teacher_ids: {ids.shape[-1]} of {vocabulary} tokens leave no rest; expected fewer")
+    ask = _Stored(divergence, *_asked(needs, reports), vocabulary)
     return heads.over_chunks(ask, config, head, x_BTD, (labels_BT, ids, jax.lax.stop_gradient(logp)), None, mesh)
 
 

@@ -178,7 +178,7 @@ def make_score(
         how = {"reports": reports, "mesh": execution.mesh}
         if teacher_config is None:
             stored = score_.predicted(batch["teacher_ids"]), score_.predicted(batch["teacher_logp"])
-            out = divergences.token_scores_stored(divergence, *given, stored, compared, **how)
+            out = divergences.token_scores_stored(divergence, *given, stored, compared, vocabulary=vocabulary, **how)
             return score_.aligned(out, params, batch)
         said: Any = jax.lax.stop_gradient(batch["teacher"])
         bring = _brought(batch, divergence)

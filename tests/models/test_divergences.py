@@ -203,6 +203,20 @@ def test_stored(how, rest):
     against_torch(how, STUDENT, TEACHER, score, reference, trained=how.name == "jsd", values=values)
 
 
+def test_stored_ids_of_a_vocabulary_that_the_student_pads():
+    """The student's rows for no token count neither as the rest nor as its choice; too many ids are refused."""
+    head, x, labels, *held = likeliest(1.0)(STUDENT, TEACHER)
+    padded = dataclasses.replace(STUDENT, vocab_size=V + 3)
+    wide = jnp.concatenate([head, 5.0 * jnp.ones((D, 3))], axis=1)
+    ask = {"needs": ("divergence",), "reports": ("agreement",)}
+    want = divergences.token_scores_stored(HOW[0], STUDENT, head, x, labels, tuple(held), **ask)
+    got = divergences.token_scores_stored(HOW[0], padded, wide, x, labels, tuple(held), **ask, vocabulary=V)
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="the student has"):
+        divergences.token_scores_stored(HOW[0], STUDENT, head, x, labels, tuple(held), vocabulary=V + 1)
+
+
 def test_stored_of_a_sure_teacher_and_a_sure_student():
     """Probability 1 for one token, in float16; and what stands at padding: finite, and so are the gradients."""
     sure = dataclasses.replace(STUDENT, final_softcap=None, logits_scale=200.0)
