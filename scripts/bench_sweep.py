@@ -43,7 +43,8 @@ def together(args: argparse.Namespace):
         constants, common = tree.partition(frozen, differs)
         frozen = tree.combine(constants, tree.split_layers(common, donate=True))
     objective = OBJECTIVES["sft"]
-    needs = objective.needs + (objective.reports if args.metrics else ())
+    asked = objective.asked(SFT())
+    needs = asked.needs + (asked.reports if args.metrics else ())
     score = members.make_score(config, needs, differs, dtype=args.dtype, execution=bench_train.execution(args))
     one = jax.eval_shape(lambda: sweep.member(trainable, 0))
     rates = [1e-4 * (1 + seed) for seed in seeds]

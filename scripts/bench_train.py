@@ -133,7 +133,8 @@ def build(args: argparse.Namespace):
         if args.layers == "unroll":
             frozen = tree.split_layers(frozen, donate=True)
     objective = OBJECTIVES["sft"]
-    needs = objective.needs + (objective.reports if args.metrics else ())
+    asked = objective.asked(SFT())
+    needs = asked.needs + (asked.reports if args.metrics else ())
     score = make_score(config, needs, dtype=args.dtype, execution=execution(args))
     settings = optim.OptimConfig(name=args.optimizer, lr=1e-4, offload=args.offload)
     optimizer = optim.make(settings, trainable, total_steps=1000)

@@ -58,7 +58,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     record, flops = job_.record(config, parts.frozen), assemble.flops_per_token(config, base, one)
     score = assemble.scorer(config, base, how, differs)
     dtype = base.params["embed"]["tokens"].dtype
-    asked = answers.chosen(config, material.prepared.held_out, material.prepared.format, base)
+    asked = answers.chosen(config, material.prepared.held_out, material.prepared.asked, base)
     reserved = assemble.virtual(config).get("prompt", 0)
     general = forgetting.examples(config, base, reserved)
     constants, common = tree.partition(parts.frozen, differs)

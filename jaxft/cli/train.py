@@ -124,7 +124,7 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
     flops = assemble.flops_per_token(config, base, parts)
     score = others_.scorer(config, base, how, others)
     dtype = base.params["embed"]["tokens"].dtype
-    asked = answers.chosen(config, material.prepared.held_out, material.prepared.format, base)
+    asked = answers.chosen(config, material.prepared.held_out, material.prepared.asked, base)
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
     base, frozen = job_.handed_over(base, parts.frozen, how.unroll)
     beforehand = others_.Beforehand(config, base, dtype, how, console)

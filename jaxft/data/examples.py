@@ -107,6 +107,13 @@ class Prepared:
     train: Examples
     held_out: Examples | None
     format: str
+    held_format: str = ""
+    """How the held-out rows are written, where they have a source of their own."""
+
+    @property
+    def asked(self) -> str:
+        """How the held-out rows are written."""
+        return self.held_format or self.format
 
 
 def prepare(
@@ -116,17 +123,17 @@ def prepare(
     check(config, rows)
     loaded = functools.partial(load, config=config, tokenizer=tokenizer, rows=rows, reserved=reserved)
     train, keys, format = loaded(read(config), config.path)
-    held_out = None
+    held_out, held_format = None, ""
     if config.eval_path is not None or config.eval_split is not None:
         path, split = config.eval_path or config.path, config.eval_split or config.split
-        held_out, _, _ = loaded(read(dataclasses.replace(config, path=path, split=split, limit=None)), path)
+        held_out, _, held_format = loaded(read(dataclasses.replace(config, path=path, split=split, limit=None)), path)
     elif config.eval_fraction or config.eval_examples:
         aside = hold_out(train.rows, keys, config)
         train, held_out = select(train, ~aside), select(train, aside)
     if not len(train):
         got = f"no example to train on ({train.reading.rows} rows, {train.reading.skipped} skipped)"
         raise DataError(str(config.path), "", got, "at least one", "See data.on_error, data.eval_fraction, data.limit.")
-    return Prepared(train, held_out, format)
+    return Prepared(train, held_out, format, held_format)
 
 
 def read(config: DataConfig) -> records.Records:

@@ -42,7 +42,8 @@ def prepare(
     formats = tuple(each.format for each in made)
     mixture = Mixture(tuple(names), (), formats, tuple(settings), left_out=tuple(left_out))
     held = [each.held_out if each.held_out is not None and len(each.held_out) else None for each in made]
-    other = None if not any(held) else joined(held, dataclasses.replace(mixture, once=True))
+    apart = dataclasses.replace(mixture, once=True, formats=tuple(each.asked for each in made))
+    other = None if not any(held) else joined(held, apart)
     listed = ", ".join(f"{name}: {format}" for name, format in zip(names, formats, strict=True))
     return Prepared(joined([each.train for each in made], mixture), other, listed)
 

@@ -188,3 +188,10 @@ def test_what_could_not_be_saved_is_not_trained(capsys, words, tmp_path):
     assert code == 1
     assert "layers/attn/k/f: got a PjitFunction; expected static fields of numbers" in err and "keep its name" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_rows_may_be_written_in_another_way(capsys, words, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in CHATS))
+    code, _, err = jaxft(capsys, *words, "eval.exact_match=2")
+    assert code == 0, err
+    assert metrics(tmp_path / "run")[-1]["eval_exact_match"] == 0

@@ -23,6 +23,7 @@ from jaxft.training.config import OptimConfig
 from jaxft.training.optim import Optimizer
 
 ROW = OBJECTIVES["sft"]
+ASKED = ROW.asked(SFT())
 
 
 class Base(NamedTuple):
@@ -81,7 +82,7 @@ def shardings(made: Parts, mesh: Mesh, offload: bool = False) -> step.Shardings:
 
 def build(made: Parts, dtype: Any, execution: Execution, where: step.Shardings | None) -> Any:
     """The jitted step, with the metrics that `jaxft train` reports."""
-    scorer = score.make_score(made.config, (*ROW.needs, *ROW.reports), dtype=dtype, execution=execution)
+    scorer = score.make_score(made.config, (*ASKED.needs, *ASKED.reports), dtype=dtype, execution=execution)
     return step.make_step(ROW, SFT(), scorer, made.optimizer, where)
 
 
