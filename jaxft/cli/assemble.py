@@ -250,6 +250,11 @@ def virtual(config: RunConfig) -> dict[str, int]:
     return {method.slot: method.tokens for method in methods if isinstance(method, peft.Slotted)}
 
 
+def shares(config: RunConfig) -> bool:
+    """Whether the prompt of a pair is computed once in training: noise is scaled by a sequence's own length."""
+    return config.data.share_prompts and config.train.neftune_alpha == 0
+
+
 def loaders(
     config: RunConfig, prepared: Prepared, beside: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[Loader, Any]:
@@ -258,8 +263,7 @@ def loaders(
     ``beside``: what stands beside the parts ``train`` and ``held_out``: see `Loader`."""
     rows, reserved = config.train.batch * config.train.accumulate, virtual(config).get("prompt", 0)
     mismatched = "kl" in OBJECTIVES[config.objective.name].asked(config.objective.value).asides
-    share = config.data.share_prompts and config.train.neftune_alpha == 0  # noise is scaled by a sequence's own length
-    made = functools.partial(Loader, batch_rows=rows, reserved=reserved, mismatched=mismatched, share=share)
+    made = functools.partial(Loader, batch_rows=rows, reserved=reserved, mismatched=mismatched, share=shares(config))
     train = made(prepared.train, config.data, beside=beside.get("train"))
     if prepared.held_out is None:
         return train, None

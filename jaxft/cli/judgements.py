@@ -100,7 +100,7 @@ class Book:
         self._before.append((identity(record["prompt"]), ranked, out))
 
     def undo(self) -> dict[str, Any] | None:
-        """Takes the last decision of this session back; None if there is none."""
+        """Takes back the last decision since the file was opened; None if there is none."""
         if not self._before:
             return None
         name, ranked, out = self._before.pop()

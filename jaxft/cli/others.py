@@ -24,7 +24,7 @@ from jaxft.cli import assemble
 from jaxft.cli.job import Material
 from jaxft.config import ReferenceSection, RunConfig, TeacherSection
 from jaxft.core import tree
-from jaxft.data import Examples, Loader, Prepared, known, topk
+from jaxft.data import Examples, Loader, known, topk
 from jaxft.data.retold import Retold
 from jaxft.model import Model
 from jaxft.models import families
@@ -170,7 +170,7 @@ def _distilled(config: RunConfig, base: Model, how: Execution, taught: Model | N
     vocabulary = None
     if taught is not None and settings.divergence != "uld":
         vocabulary = distil.shared_vocabulary(base.config, base.tokenizer, taught.config, taught.tokenizer)
-    elif settings.teacher == "stored":
+    elif stores(config):
         vocabulary = _stored_vocabulary(config, base)
     return distil.make_score(
         base.config,
@@ -200,6 +200,12 @@ def live(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, reference=dataclasses.replace(section, precompute=False, stored=None))
 
 
+def stores(config: RunConfig) -> bool:
+    """Whether a student learns from what a teacher said beforehand."""
+    settings = config.objective.value
+    return isinstance(settings, Distil) and settings.teacher == "stored"
+
+
 def retells(config: RunConfig) -> bool:
     """Whether the data are told again in the tokens of a teacher with another tokenizer."""
     settings = config.objective.value
@@ -208,10 +214,10 @@ def retells(config: RunConfig) -> bool:
 
 def stand_in(config: RunConfig, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A batch with zeros for what is found beforehand: to know shapes before it is."""
-    shape, settings = batch["tokens"].shape, config.objective.value
+    shape = batch["tokens"].shape
     if config.reference.precompute:
         return batch | {"ref_logp": np.zeros(shape, np.float32)}
-    if isinstance(settings, Distil) and settings.teacher == "stored":
+    if stores(config):
         several = (*shape, config.teacher.top_k)
         return batch | {"teacher_ids": np.zeros(several, np.int32), "teacher_logp": np.zeros(several, np.float16)}
     if retells(config):
@@ -234,7 +240,7 @@ class Beforehand:
 
     def material(self, material: Material, params: tree.Params, folder: Path, others: dict[str, Model]) -> Material:
         """The data with what other models said of them. ``params``: as the run begins; ``folder``: the run's."""
-        beside = self._finder(material.prepared, params, folder, others)
+        beside = self._finder(params, folder, others)
         if beside is None:
             return material
         parts = {"train": material.prepared.train, "held_out": material.prepared.held_out}
@@ -243,16 +249,15 @@ class Beforehand:
         return dataclasses.replace(material, train=train, held_out=held_out)
 
     def _finder(
-        self, prepared: Prepared, params: tree.Params, folder: Path, others: dict[str, Model]
+        self, params: tree.Params, folder: Path, others: dict[str, Model]
     ) -> Callable[[Examples, str], Any] | None:
         """What finds it, given a part of the data and the part's name; None where nothing is asked for."""
-        settings = self.config.objective.value
         if self.config.reference.precompute:
             if self.config.reference.path is None:
                 return functools.partial(self._known, self.base, params, folder)
             other = reference(self.config, self.base, self.how.mesh, self.dtype)
             return functools.partial(self._known, other, other.params, folder)
-        if isinstance(settings, Distil) and settings.teacher == "stored":
+        if stores(self.config):
             return functools.partial(self._stored, folder)
         if retells(self.config):
             again = data.prepare(self.config.data, others["teacher"].tokenizer)
@@ -280,7 +285,7 @@ class Beforehand:
 
         fixed, put = dataclasses.replace(config.data, shuffle=False), mesh_.placer(self.how.mesh)
         how = {"batch_rows": config.train.batch, "epochs": 1, "reserved": self._reserved, "mismatched": False}
-        how["share"] = config.data.share_prompts and config.train.neftune_alpha == 0
+        how["share"] = assemble.shares(config)
         loader, out = Loader(examples.once(), fixed, **how), np.zeros(len(examples.tokens), np.float32)
         self.console.print(f"reference: log-probabilities of {len(examples):,} sequences ({part}), kept in {place}")
         for number, batch in enumerate(loader):

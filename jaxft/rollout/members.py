@@ -7,7 +7,6 @@ apart by rows, so a model with one is mapped over members as a whole.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ def make_score(
 
     ``differs``: a tree of booleans, True for the arrays of ``params`` that are [members, ...]. ``batch`` arrays are
     [members, B, T]; ``keys``: one a member. Each member is scored as `score.make_score` scores it alone."""
-    shards = 1 if execution.mesh is None else math.prod(execution.mesh.shape[axis] for axis in mesh_.ROWS)
+    shards = mesh_.row_shards(execution.mesh)
     # Not every attention kernel can be mapped: cuDNN's cannot where rows are packed.
     mapped = dataclasses.replace(execution, backend="xla" if execution.backend == "auto" else execution.backend)
     alone = score_.make_score(config, needs, dtype=dtype, execution=mapped, neftune_alpha=neftune_alpha)

@@ -68,7 +68,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def check_rows(mesh: Mesh, rows: int) -> None:
     """Raises ValueError unless the rows of a micro-batch divide over the data axes."""
-    shards = math.prod(mesh.shape[axis] for axis in ROWS)
+    shards = row_shards(mesh)
     if rows % shards:
         raise ValueError(
             f"train.batch={rows} rows do not divide over data x fsdp = {shards} devices; "

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxft import cli
+from tests.cli.commands import jaxft, metrics
 
 TASK = [("Sort: 3 1 2", "1 2 3"), ("Spell dog", "d o g"), ("Say hi", "hi"), ("Add 2 and 3", "5")]
 OLD = ["Dear Vera,\nhow are you. Please bring your coin.", "After school Vera lost her blanket.", "I will bring plums."]
@@ -24,17 +24,6 @@ def words(tiny, tmp_path):
         f"data.eval_path={tmp_path / 'task.jsonl'}", f"eval.general={tmp_path / 'old.jsonl'}", "data.max_length=64",
         "train.batch=8", "train.steps=4", "optim.lr=0.01", "eval.samples=0", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
-
-
-def jaxft(capsys, *words):
-    """(exit code, stdout, stderr) of one command."""
-    code = cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def perplexity(folder, texts):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from jaxft import cli
 from jaxft.cli import run as run_
 from jaxft.cli import stages
+from tests.cli.commands import metrics
 from tests.cli.test_train import torch_logits
 
 CHATS = [("Sort: 3 1 2", "1 2 3", "3 2 1"), ("Spell dog", "d o g", "dog dog"), ("Say hi", "hi", "no"),
@@ -80,10 +81,6 @@ def jaxft(capsys, *words):
     code = cli.main([str(word) for word in words])
     out, err = capsys.readouterr()
     return code, out, err
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def sft(rows, **more):

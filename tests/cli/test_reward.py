@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxft import cli
+from tests.cli.commands import jaxft
 
 PAIRS = [
     ("Sort: 3 1 2", "1 2 3", "3 2 1"),
@@ -38,13 +38,6 @@ def rows(tmp_path_factory) -> Path:
     for name, found in (("pairs", pairs), ("steps", steps)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     return folder
-
-
-def jaxft(capsys, *words):
-    """(exit code, stdout, stderr) of one command."""
-    code = cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def train(model, data, run, *words):

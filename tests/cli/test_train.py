@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxft import cli, config
+from tests.cli.commands import jaxft, metrics
 
 CHATS = [("Sort: 3 1 2", "1 2 3"), ("Spell dog", "d o g"), ("Say hi", "hi"), ("Add 2 and 3", "5")]
 
@@ -20,17 +21,6 @@ def words(tiny, tmp_path):
         f"data.eval_path={tmp_path / 'held_out.jsonl'}", "data.max_length=64", "train.batch=8", "train.steps=4",
         "optim.lr=0.01", "eval.samples=2", "generate.max_new_tokens=8", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
-
-
-def jaxft(capsys, *words):
-    """(exit code, stdout, stderr) of one command."""
-    code = cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def torch_logits(folder, adapter=None):

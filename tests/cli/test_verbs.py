@@ -7,17 +7,10 @@ import shutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft import cli
 from jaxft.cli import push, target
+from tests.cli.commands import jaxft
 
 FLOAT = "model.dtype=float32"
-
-
-def jaxft(capsys, *words):
-    """(exit code, stdout, stderr) of one command."""
-    code = cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def logits(folder, adapter=None):

@@ -52,6 +52,7 @@ def test_parts_move_in_a_straight_line():
     ):
         np.testing.assert_allclose(parts.at(batch), wanted)
     for batch in (1, 15, 33, 70):
+        # float64 sums in two orders
         np.testing.assert_allclose(parts.before(batch), sum(parts.at(i) for i in range(batch)), rtol=1e-12)
     had = counts(Turns(parts, 5), 60)[4::5]
     np.testing.assert_allclose(had, [parts.before(i + 1) * 5 for i in range(60)], atol=1)

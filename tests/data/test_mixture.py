@@ -130,6 +130,7 @@ def test_parts_are_of_what_training_sees(make_tokenizer, write, chats, unit):
         return total / total.sum(), np.array(sizes)
 
     part, size = seen(MixConfig(rule="proportional", unit=unit))
+    # rows are whole and unequally full: after 200 batches a source is within some rows of its part
     np.testing.assert_allclose(part, size / size.sum(), atol=0.01)
     cap = 12 if unit == "examples" else 400
     part, size = seen(MixConfig(rule="capped", unit=unit, cap=cap))
