@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxft.checkpoint import cursor as cursor_
 from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.checkpoint.errors import CheckpointError, some
 from jaxft.core import tree
@@ -47,7 +48,7 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Record:
-    """What is saved beside the arrays; everything in it is JSON."""
+    """What is saved beside the arrays; everything in it is JSON, but for arrays (numpy) in the cursor."""
 
     config: dict[str, Any]
     """The resolved config of the run."""
@@ -92,19 +93,22 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any, record: Record, 
     if step in manager.all_steps():
         return
     arrays = _flat(state)
+    cursor, beside = cursor_.parted(record.cursor)
+    record = dataclasses.replace(record, cursor=cursor)
     note = {"format": 1, "arrays": {p: _shape(a) for p, a in arrays.items()}, **dataclasses.asdict(record)}
     manager.save(
         step,
         args=ocp.args.Composite(
             state=ocp.args.StandardSave({p: _apart(_data(a)) for p, a in arrays.items()}),
             record=ocp.args.JsonSave(note),
+            **({"cursor": ocp.args.StandardSave(beside)} if beside else {}),
         ),
         metrics=None if score is None else {"score": float(score)},
     )
 
 
 def read(manager: ocp.CheckpointManager, step: int | None = None) -> Record:
-    """The record of a checkpoint (default: the newest), without its arrays."""
+    """The record of a checkpoint (default: the newest), without any arrays."""
     note = _note(manager, _step(manager, step))
     return Record(**{f.name: note[f.name] for f in dataclasses.fields(Record)})
 
@@ -137,7 +141,15 @@ def restore(
         jax.random.wrap_key_data(found[p], impl=jax.random.key_impl(a)) if _is_key(a) else found[p]
         for p, a in _flat(like).items()
     ]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), record
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), _with_arrays(manager, step, record)
+
+
+def _with_arrays(manager: ocp.CheckpointManager, step: int, record: Record) -> Record:
+    """The record with the arrays of its cursor, if it has any."""
+    if not (Path(manager.directory) / str(step) / "cursor").exists():
+        return record
+    beside = manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.StandardRestore()))["cursor"]
+    return dataclasses.replace(record, cursor=cursor_.joined(record.cursor, beside))
 
 
 def identity(params: tree.Params) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.checkpoint.cursor import shown
+
 
 class NonFiniteError(FloatingPointError):
     """Too many steps in a row had a loss or gradient that is not finite."""
@@ -51,7 +53,7 @@ class Watch:
 
 def _describe(step: int, metrics: Mapping[str, float], batch: Mapping[str, np.ndarray], cursor: Any) -> str:
     bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
-    where = cursor["consumed"] if isinstance(cursor, Mapping) and "consumed" in cursor else cursor
+    where = cursor["consumed"] if isinstance(cursor, Mapping) and "consumed" in cursor else shown(cursor)
     facts = [f"learning_rate {metrics['learning_rate']:.3g}", f"batch {where} of the data"]
     if "sequence_id" in batch:
         ids = sorted({int(i) for i in np.unique(batch["sequence_id"]) if i >= 0})

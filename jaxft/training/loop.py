@@ -25,7 +25,7 @@ from jaxft.training import by_source, evaluate, finite, interrupt, metrics, pref
 from jaxft.training.config import EvalConfig, LogConfig, TrainConfig
 from jaxft.training.evaluate import Best, Evaluator
 from jaxft.training.finite import NonFiniteError
-from jaxft.training.prefetch import Item, Loader, Place
+from jaxft.training.prefetch import Item, Loader, Place, Read, Source
 from jaxft.training.state import TrainState, steps_taken
 
 CHECKPOINTS = "checkpoints"
@@ -95,6 +95,8 @@ class _Run:
     evaluators: Sequence[Evaluator]
     averaged: Callable[[Any, tree.Params], tree.Params]
     read: Callable[[int, Mapping[str, Any]], dict[str, float]]
+    told: dict[str, float] = field(default_factory=dict)
+    """What the source of the batches said since the last line of metrics."""
 
 
 def numbers(step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -119,7 +121,7 @@ def fit(
     step: Callable[[TrainState, tree.Params, Any], tuple[TrainState, dict[str, jax.Array]]],
     state: TrainState,
     frozen: tree.Params,
-    loader: Loader,
+    loader: Loader | Source,
     folder: Path,
     record: Record,
     settings: Settings,
@@ -131,6 +133,7 @@ def fit(
     epoch_steps: int | None = None,
     flops_per_token: float | None = None,
     read: Callable[[int, Mapping[str, Any]], dict[str, float]] = numbers,
+    feed: Callable[[Any, int, Place, int], Read] = prefetch.ahead,
 ) -> Result:
     """Trains until ``steps``, going on from the newest checkpoint in ``folder`` if there is one.
 
@@ -145,6 +148,7 @@ def fit(
       epoch_steps: steps in one pass over the data, for ``epoch`` in the metrics and the default of ``eval.every``.
       flops_per_token: of the model, forward and backward, for MFU.
       read: ``(step, what it returned, on the host) -> numbers to log``; called once for each step.
+      feed: how batches of ``loader`` come to the step: ahead of it, or (`prefetch.as_asked`) made for it.
 
     Raises NonFiniteError after ``train.max_nonfinite`` skipped steps in a row; the last good state is saved.
     """
@@ -167,23 +171,23 @@ def fit(
             bar.say(f"resuming after step {start}")
         elif settings.eval.at_start or settings.eval.general is not None:
             _evaluate(run, 0, state)
-        return _train(run, step, state, frozen, loader, place)
+        items = feed(loader, settings.train.accumulate, place, settings.train.prefetch)
+        return _train(run, step, state, frozen, loader.state(), items)
 
 
 def _resume(
-    manager: ocp.CheckpointManager, state: TrainState, loader: Loader, record: Record
+    manager: ocp.CheckpointManager, state: TrainState, loader: Loader | Source, record: Record
 ) -> tuple[TrainState, _Counts]:
     state, found = disk.restore(manager, state, record)
     loader.restore(found.cursor)
     return state, _Counts(**{**found.progress, "best": Best(*found.progress["best"])})
 
 
-def _train(run: _Run, step: Callable, state: TrainState, frozen: tree.Params, loader: Loader, place: Place) -> Result:
+def _train(run: _Run, step: Callable, state: TrainState, frozen: tree.Params, cursor: Any, items: Read) -> Result:
     """Steps until something ends the run."""
-    train, number, cursor, pending, reason = run.settings.train, steps_taken(state), loader.state(), None, None
-    items = prefetch.ahead(loader, train.accumulate, place, train.prefetch)
+    number, pending, reason = steps_taken(state), None, None
     while reason is None:
-        item = next(items, None) if number < run.steps else None
+        item = items(state) if number < run.steps else None
         if item is None:
             _log(run, pending, state, cursor)
             reason = "complete" if number >= run.steps else "end_of_data"
@@ -210,6 +214,7 @@ def _log(run: _Run, pending: _Pending | None, state: TrainState, cursor: Any) ->
     number, device_metrics, item = pending
     values = run.read(number, jax.device_get(device_metrics))
     counts, tokens = run.counts, int(values.pop("tokens"))
+    run.told |= item.metrics
     stop = run.watch.see(number, values, item.host, item.cursor)
     if values["skipped"]:
         run.bar.say(f"step {number}: loss {values['loss']}, grad_norm {values['grad_norm']}: not applied")
@@ -222,7 +227,8 @@ def _log(run: _Run, pending: _Pending | None, state: TrainState, cursor: Any) ->
     if run.epoch_steps:
         values["epoch"] = number / run.epoch_steps
     if number % run.settings.log.every == 0 or number == run.steps or stop:
-        run.sink.write(number, values)
+        run.sink.write(number, values | run.told)
+        run.told.clear()
     run.bar.update(number, values)
     if stop:
         _save(run, steps_taken(state), state, cursor)

@@ -1,11 +1,13 @@
-"""Batches on the device ahead of the step, each with the cursor of the data behind it.
+"""Batches on the device, each with the cursor of the data behind it: ahead of the step, or when it is asked for.
 
-The loader runs ahead of training, so its own cursor is too far on to be saved. Each batch carries the one taken right
-after it was read; a checkpoint saves that of the last batch *consumed*.
+A loader runs ahead of training, so its own cursor is too far on to be saved. Each batch carries the one taken right
+after it was read; a checkpoint saves that of the last batch *consumed*. What the policy itself makes is not made before
+the step that it depends on: its source is shown the state, and asked for one batch at a time.
 """
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -26,12 +28,30 @@ class Loader(Protocol):
     def restore(self, state: Any) -> None: ...
 
 
+class Source(Protocol):
+    """Batches that depend on the state of the run, and a cursor: JSON, with arrays where a number does not do."""
+
+    def next(self, state: Any) -> tuple[Any, Mapping[str, float]]:
+        """A batch for the step from this state, and what there is to log of how it was made."""
+        ...
+
+    def state(self) -> Any: ...
+
+    def restore(self, state: Any) -> None: ...
+
+
 class Item(NamedTuple):
     """A batch on its way to the step."""
 
     device: Mapping[str, jax.Array]
     host: Host
     cursor: Any
+    metrics: Mapping[str, float] = MappingProxyType({})
+    """What its source has to say of it."""
+
+
+Read = Callable[[Any], Item | None]
+"""``state -> the next item``; None: there are no more."""
 
 
 def split(batch: Host, accumulate: int) -> dict[str, np.ndarray]:
@@ -45,8 +65,24 @@ def split(batch: Host, accumulate: int) -> dict[str, np.ndarray]:
     return {n: v.reshape(accumulate, v.shape[0] // accumulate, *v.shape[1:]) for n, v in batch.items()}
 
 
-def ahead(loader: Loader, accumulate: int, place: Place, depth: int) -> Iterator[Item]:
+def ahead(loader: Loader, accumulate: int, place: Place, depth: int) -> Read:
     """Items in order, at least ``depth`` of them already sent to the device when one is asked for."""
+    items = _ahead(loader, accumulate, place, depth)
+    return lambda state: next(items, None)
+
+
+def as_asked(source: Source, accumulate: int, place: Place, depth: int) -> Read:
+    """Items of a source, none before the step that it is for; ``depth`` has no meaning here."""
+    del depth
+
+    def read(state: Any) -> Item:
+        host, metrics = source.next(state)
+        return Item(place(split(host, accumulate)), host, source.state(), metrics)
+
+    return read
+
+
+def _ahead(loader: Loader, accumulate: int, place: Place, depth: int) -> Iterator[Item]:
     waiting: collections.deque[Item] = collections.deque()
 
     def read() -> bool:

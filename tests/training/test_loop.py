@@ -19,7 +19,7 @@ from jaxft.checkpoint.config import CheckpointConfig
 from jaxft.checkpoint.state import Record
 from jaxft.core import tree
 from jaxft.objectives import OBJECTIVES, SFT
-from jaxft.training import evaluate, loop, optim, sinks, state, step
+from jaxft.training import evaluate, loop, optim, prefetch, sinks, state, step
 from jaxft.training.config import EvalConfig, LogConfig, OptimConfig, TrainConfig
 from jaxft.training.finite import NonFiniteError
 from jaxft.training.loop import Settings
@@ -131,6 +131,26 @@ def test_the_cursor_saved_is_of_the_last_batch_consumed(parts, tmp_path):
     assert loader.consumed > 5
     with disk.open_folder(tmp_path / "checkpoints") as manager:
         assert disk.read(manager).cursor == {"consumed": 5}
+
+
+def test_batches_of_the_policy_are_made_for_their_step_and_kept_in_the_checkpoint(parts, tmp_path):
+    """Seven steps end in the middle of a draw: what is left of it is saved, and the run that goes on is the same."""
+    run, _, optimizer, trainable, frozen = parts
+
+    def on_policy(folder, source, steps):
+        begin = state.create(trainable, optimizer, jax.random.key(1))
+        settings = Settings(train=TrainConfig(accumulate=2), log=LogConfig(progress=False, every=4))
+        how = {"steps": steps, "averaged": optimizer.averaged, "feed": prefetch.as_asked}
+        return loop.fit(run, begin, frozen, source, folder, RECORD, settings, **how)
+
+    whole = on_policy(tmp_path / "whole", tiny.Source(), 12)
+    on_policy(tmp_path / "halves", tiny.Source(), 7)
+    source = tiny.Source()
+    both = on_policy(tmp_path / "halves", source, 12)
+    assert equal(whole, both) and source.draws == 6
+    # a line tells what the source has said since the last one; the seventh step was the last of its run
+    assert lines(tmp_path / "whole", "draws") == [(4, 2), (8, 4), (12, 6)]
+    assert lines(tmp_path / "halves", "draws") == [(4, 2), (7, 4), (8, None), (12, 6)]
 
 
 def test_data_that_ends_ends_the_run(parts, tmp_path):

@@ -19,7 +19,8 @@ from tests.training import tiny
 def test_batches_come_in_order_each_with_its_own_cursor():
     loader = tiny.Loader(length=5)
     seen = []
-    for item in prefetch.ahead(loader, 2, lambda batch: batch, depth=2):
+    read = prefetch.ahead(loader, 2, lambda batch: batch, depth=2)
+    for item in iter(lambda: read(None), None):
         seen.append((item.host["sequence_id"][0, 0], item.cursor["consumed"], loader.consumed))
         assert item.device["tokens"].shape == (2, 2, 12)
     assert seen == [(0, 1, 3), (1, 2, 4), (2, 3, 5), (3, 4, 5), (4, 5, 5)]

@@ -118,6 +118,32 @@ class Loader:
         self.consumed = state["consumed"]
 
 
+class Source:
+    """Batches that depend on the state: two of each draw, of which the second is kept until it is asked for."""
+
+    def __init__(self):
+        self.draws, self.left = 0, {}
+
+    def next(self, state):
+        made = not self.left
+        if made:
+            said = float(np.abs(np.asarray(state.trainable["layers"]["mlp"]["up"].b)).sum())
+            both = batch(int(1e4 * said) % 2**31, 8)
+            both["tokens"][:, 0] = 1
+            self.draws += 1
+            self.left = {name: value[4:] for name, value in both.items()}
+            out = {name: value[:4] for name, value in both.items()}
+        else:
+            out, self.left = self.left, {}
+        return out, {"draws": self.draws} if made else {}
+
+    def state(self):
+        return {"draws": self.draws, "left": self.left}
+
+    def restore(self, state):
+        self.draws, self.left = state["draws"], state["left"]
+
+
 def poisoned_score(view, params, batch, key=None):
     """`score`, except that a batch whose first token is 7 has a loss that is not a number."""
     out = score(view, params, batch, key)
