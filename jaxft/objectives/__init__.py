@@ -4,11 +4,12 @@
 `preference.LOSSES` are the losses of pairs of completions as plain functions.
 """
 
-from jaxft.objectives import bco, cpo, distil, dpo, kto, orpo, preference, prm, reward, sft
+from jaxft.objectives import bco, cpo, distil, dpo, grpo, kto, orpo, preference, prm, reward, sft
 from jaxft.objectives.bco import BCO
 from jaxft.objectives.cpo import CPO, SimPO
 from jaxft.objectives.distil import Distil
 from jaxft.objectives.dpo import DPO
+from jaxft.objectives.grpo import GRPO
 from jaxft.objectives.kto import KTO
 from jaxft.objectives.orpo import ORPO
 from jaxft.objectives.prm import PRM
@@ -40,9 +41,13 @@ OBJECTIVES: dict[str, Objective] = {
     "distil": Objective(
         config=Distil, fn=distil.distil, needs=distil.needs, reports=distil.reports, views=distil.views,
     ),
+    "grpo": Objective(
+        config=GRPO, fn=grpo.grpo, reports=("entropy",), rows="rollout", rollout_needs=("old_logp",),
+        estimate=grpo.estimate,
+    ),
 }  # fmt: skip
 
 __all__ = [
-    "BCO", "CPO", "DPO", "KTO", "OBJECTIVES", "ORPO", "PRM", "SFT", "Distil", "Mean", "Objective",
+    "BCO", "CPO", "DPO", "GRPO", "KTO", "OBJECTIVES", "ORPO", "PRM", "SFT", "Distil", "Mean", "Objective",
     "Reward", "SimPO", "preference",
 ]  # fmt: skip

@@ -29,6 +29,8 @@ class Mean(NamedTuple):
 
 
 Means = dict[str, Mean]
+CRITIC = "critic"
+"""Where a policy's parameters hold those of the value model."""
 
 
 Named = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
@@ -67,10 +69,11 @@ class Objective(Generic[C]):
     """Names of scores turned into metrics where they are there."""
     views: Named = ("policy",)
     """Parameter sets that are scored, in this order; ``reference`` is the trainable tree as the stage began, ``start``
-    the same where the policy is to see all that it says, as that of a teacher."""
-    rows: Literal["tokens", "pairs", "labelled", "steps"] = "tokens"
+    the same where the policy is to see all that it says, as that of a teacher; ``value`` is the tree under ``critic``
+    in the policy's parameters, which trains as the policy does."""
+    rows: Literal["tokens", "pairs", "labelled", "steps", "rollout"] = "tokens"
     """What a row of the batch holds: running text, pairs of a chosen and a rejected sequence, sequences with a label
-    each, or sequences whose steps have one."""
+    each, sequences whose steps have one, or sequences that the policy wrote."""
     asides: Named = ()
     """Prefixes of batch arrays (``kl``: ``kl_tokens``, ...) that every view scores without a gradient, for
     ``annotate``: ``scores["policy/kl"]``."""
@@ -86,6 +89,14 @@ class Objective(Generic[C]):
     """What an evaluation asks for besides: sums, arrays of them too, as ``fn`` returns its metrics."""
     follow: Callable[[C], Follow | None] = _still
     """How the reference moves; None: it does not."""
+    rollout_needs: Named = ()
+    """Of a rollout, what is scored before ``estimate``: of ``old_logp``, ``ref_logp`` and ``value``."""
+    estimate: Callable[[C, Batch, Carry], tuple[dict[str, jax.Array], Means, Carry]] | None = None
+    """What the rewards of a rollout say of its tokens: ``(config, rollout, running) -> (arrays to add to it, metrics,
+    the next running quantities)``. It sees the whole rollout (`rollouts`) before its first step; ``advantage`` [N, T]
+    is always among the arrays."""
+    running: Callable[[C], Carry] = _nothing
+    """What ``estimate`` remembers from rollout to rollout, before the first: float32 scalars."""
 
     def annotation(self, config: C) -> Callable[[Scores, Batch, Carry], tuple[dict[str, jax.Array], Carry]] | None:
         """``annotate`` with these settings; None where nothing couples the rows."""
@@ -95,7 +106,7 @@ class Objective(Generic[C]):
 
     def asked(self, config: C) -> "Asked":
         """What it asks for with these settings."""
-        found = (self.needs, self.reports, self.views, self.asides)
+        found = (self.needs, self.reports, self.views, self.asides, self.rollout_needs)
         return Asked(*(names(config) if callable(names) else names for names in found))
 
 
@@ -106,6 +117,7 @@ class Asked(NamedTuple):
     reports: tuple[str, ...]
     views: tuple[str, ...]
     asides: tuple[str, ...]
+    rollout_needs: tuple[str, ...]
 
 
 def masked(x: jax.Array, keep: jax.Array) -> Mean:

@@ -260,7 +260,7 @@ def _scores(
     start: Any,
     frozen: Frozen,
 ) -> dict[str, Mapping[str, jax.Array]]:
-    """Scores of every view the objective asks for; only the policy has a gradient, dropout and noise.
+    """Scores of every view the objective asks for; only the policy and the value have a gradient, dropout and noise.
 
     A teacher, and the policy as the run began where it is one (the view ``start``), is scored before the policy, which
     finds in the batch what it said; only the policy's scores remain."""
@@ -269,12 +269,15 @@ def _scores(
     for view in asked.views:
         with jax.named_scope(view):
             if view == "policy":
-                scores[view] = score(view, tree.combine(trainable, base), batch, key)
+                scores[view] = score(view, _actor(tree.combine(trainable, base)), batch, key)
+            elif view == "value":
+                scores[view] = score(view, tree.combine(trainable, base)[terms.CRITIC], batch, key)
             elif view == "reference" and "ref_logp" in batch:  # scored beforehand
                 scores[view] = {"logp": batch["ref_logp"]}
             else:
-                begun = {} if start is None else dict.fromkeys(("reference", "start"), tree.combine(start, base))
-                known = {**begun, **others}
+                known = dict(others)
+                if start is not None:
+                    known = dict.fromkeys(("reference", "start"), _actor(tree.combine(start, base))) | known
                 if view not in known:
                     raise ValueError(
                         f"no parameters for the view {view!r}; the step has {', '.join(['policy', *known])}"
@@ -285,6 +288,11 @@ def _scores(
                 else:
                     scores[view] = said
     return scores
+
+
+def _actor(params: tree.Params) -> tree.Params:
+    """The policy's parameters without those of its value model."""
+    return {name: part for name, part in params.items() if name != terms.CRITIC}
 
 
 def _asides(

@@ -85,7 +85,7 @@ def test_weights_and_what_it_asks_for():
     zeros = jax.tree.map(jnp.zeros_like, scores)
     found = [ROW.fn(KTO(), s, annotated(ROW, KTO(), s, batch, {})[0], {})[0]["kto"].weight for s in (scores, zeros)]
     assert [float(w) for w in found] == [12.0, 12.0]
-    assert ROW.asked(KTO()) == (("logp",), ("correct", "entropy"), ("policy", "reference"), ("kl",))
+    assert ROW.asked(KTO()) == (("logp",), ("correct", "entropy"), ("policy", "reference"), ("kl",), ())
     assert ROW.asked(KTO(loss="apo_zero_unpaired")).asides == () and ROW.rows == "labelled"
     with pytest.raises(ValueError, match=r"objective.undesirable_weight: got 0"):
         KTO(undesirable_weight=0)
