@@ -20,11 +20,11 @@ from rich.text import Text
 from jaxft import run_dir
 from jaxft.border.errors import ConfigError
 from jaxft.cli import arguments as arguments_
-from jaxft.cli import judgements, prompting, questions, target
+from jaxft.cli import judgements, prompting, target
 from jaxft.cli.judgements import Book
 from jaxft.cli.prompting import Speaker
 from jaxft.cli.target import Target
-from jaxft.data import Prompt
+from jaxft.data import Prompt, questions
 from jaxft.data import sources as sources_
 from jaxft.data.records import Row
 from jaxft.objectives import OBJECTIVES

@@ -26,11 +26,11 @@ from jaxft.border import check, reading
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state
 from jaxft.cli import arguments as arguments_
-from jaxft.cli import assemble, judgements, prompting, questions
+from jaxft.cli import assemble, judgements, prompting
 from jaxft.cli.prompting import Speaker
 from jaxft.cli.target import Target
 from jaxft.config import Packing, RunConfig
-from jaxft.data import DataConfig, Prompt
+from jaxft.data import DataConfig, Prompt, questions
 from jaxft.models.decoder import Execution
 from jaxft.rollout import generate, verify
 from jaxft.rollout.generate import GenerateConfig

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxft.data import encode, formats, mixture, template, texts
@@ -31,6 +31,8 @@ class Prompt:
     given: Any = ""
     """As the data have it: text, or a list of messages."""
     tools: tuple[dict[str, Any], ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What else its row says, for reward functions; where an objective asks for them (`questions`)."""
 
 
 def prompts_of(
