@@ -22,10 +22,10 @@ MAY_IMPORT = {
     "checkpoint": ("core", "quant", "peft", "models", "sharding"),
     "data": (),
     "objectives": (),
-    "rewards": (),
+    "rewards": ("border.errors",),
     "border": (),
     "training": ("core", "quant", "sharding", "checkpoint", "objectives"),
-    "rollout": ("core", "models", "data", "sharding", "objectives.terms"),
+    "rollout": ("core", "models", "data", "sharding", "objectives.terms", "rewards"),
 }
 # files at the top of the package (and the command line) see every room; no room sees them
 TOP = {
@@ -57,6 +57,7 @@ FORBIDDEN = {
     "rollout": ("flax", "datasets", "pydantic", "torch"),
     "sharding": ("flax", "pydantic", "torch"),
     "checkpoint": ("flax", "pydantic", "torch"),
+    "rewards": ("jax", "flax", "transformers", "datasets", "grain", "pydantic", "torch"),
 }
 
 # folder -> the literal table in its __init__.py, what in its text makes a module one of its entries, and those apart
@@ -64,7 +65,7 @@ TABLES = {
     "peft": ("METHODS", r"^class \w+\((Targeted|Slotted)\)|^def adapt\([^)]*\bconfig\b", ("sites",)),
     "objectives": ("OBJECTIVES", r"^def \w+\(config: \w+, scores: Scores, ", ()),
     "models/families": ("FAMILIES", "", ()),
-    "rewards": ("REWARDS", "", ()),
+    "rewards": ("REWARDS", r"^def \w+\(config: \w+\) -> Function", ()),
 }
 
 

@@ -11,11 +11,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 from rich.console import Console
@@ -32,6 +31,7 @@ from jaxft.cli.target import Target
 from jaxft.config import Packing, RunConfig
 from jaxft.data import DataConfig, Prompt, questions
 from jaxft.models.decoder import Execution
+from jaxft.rewards import answers, function
 from jaxft.rollout import generate, verify
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.rollout.verify import Judge, Sample, Verdict, VerifyConfig
@@ -136,7 +136,8 @@ def run(config: TeachConfig) -> int:
     """Answers what is not answered yet and writes the rows; 1 if none passes."""
     if not config.data.path or config.data.sources:
         raise ConfigError("`data.path` must be given: prompts of one source, data.path=prompts.jsonl")
-    judge = _judge(config.verify.function)
+    spec = config.verify.function
+    judge = None if spec is None else function.load(spec, "verify.function")
     folder, console = Path(str(config.run_dir)), Console(highlight=False, markup=False)
     refuse_other(folder, config)
     mesh_.start(config.mesh)
@@ -256,7 +257,7 @@ def training_rows(config: TeachConfig, record: Mapping[str, Any]) -> list[dict[s
     for sample in record["samples"]:
         if not sample["kept"]:
             continue
-        reasoning, final = verify.parts(sample["text"], config.verify.tags)
+        reasoning, final = answers.parts(sample["text"], config.verify.tags)
         content = sample["text"].strip() if config.reasoning == "content" else str(final)
         more = {"tools": record["tools"]} if record.get("tools") else {}
         if isinstance(record["prompt"], str):
@@ -285,21 +286,6 @@ def spoken(speaker: Speaker, tokens: Sequence[int], tags: Sequence[str]) -> str:
 
 def _special(speaker: Speaker) -> set[int]:
     return {*speaker.tokenizer.all_special_ids}
-
-
-def _judge(spec: str | None) -> Judge | None:
-    """The function of the user's file. Raises ConfigError."""
-    if spec is None:
-        return None
-    where, colon, name = spec.rpartition(":")
-    if not colon or not where.endswith(".py") or not name.isidentifier():
-        raise ConfigError(f"`verify.function`: got {spec!r}; expected file.py:name")
-    if not Path(where).is_file():
-        raise ConfigError(f"`verify.function`: no file {where}; expected the Python file that has {name}")
-    function = runpy.run_path(where).get(name)
-    if not callable(function):
-        raise ConfigError(f"`verify.function`: {where} has no function {name!r}")
-    return cast(Judge, function)
 
 
 def _done(file: Path, prompts: Sequence[Prompt], config: TeachConfig) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ A completion is a text; where it reasons, `<think>...</think>` stands before its
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from jaxft.rewards import answers
 
 Judge = Callable[..., Sequence[float | None]]
 """``f(prompts, completions, **columns) -> [score or None, ...]``: every argument a list with one entry a completion;
@@ -36,7 +37,7 @@ class VerifyConfig:
     """Longest completion that passes, reasoning included."""
     reasoning: Literal["any", "required", "none"] = "any"
     """Whether a completion must, or must not, reason before its final answer."""
-    tags: tuple[str, str] = ("<think>", "</think>")
+    tags: tuple[str, str] = answers.TAGS
     """What stands around the reasoning."""
 
     def __post_init__(self) -> None:
@@ -69,24 +70,6 @@ class Verdict(NamedTuple):
     """1 for one that passes, or the function's number."""
     failed: str
     """Which check it failed; empty if none."""
-
-
-def parts(text: str, tags: tuple[str, str] = ("<think>", "</think>")) -> tuple[str, str | None]:
-    """The reasoning of a completion ("" if none) and its final answer; None if the reasoning never ends.
-
-    A template may have written the first tag at the end of the prompt: then the second alone is there."""
-    first, last = tags
-    before, closed, after = text.rpartition(last)
-    if closed:
-        return before.strip().removeprefix(first).strip(), after.strip()
-    return ("", text.strip()) if first not in text else (text.partition(first)[2].strip(), None)
-
-
-def normalised(text: str) -> str:
-    """An answer as it is compared: see `VerifyConfig.answer`."""
-    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    return text.strip("\"'`\u201c\u201d\u2018\u2019 ").removesuffix(".").strip("\"'` ")
 
 
 def judged(
@@ -126,11 +109,8 @@ def _numbers(config: VerifyConfig, found: Any, samples: Sequence[Sample]) -> lis
 
 def _failed(config: VerifyConfig, sample: Sample, right: str | None, score: float | None, asked: bool) -> str:
     """The first check that a sample fails."""
-    reasoning, final = parts(sample.text, config.tags)
-    said = final
-    if config.extract is not None and final:
-        found = re.findall(config.extract, final, re.DOTALL)
-        said = None if not found else found[-1] if isinstance(found[-1], str) else found[-1][0]
+    reasoning, final = answers.parts(sample.text, config.tags)
+    said = answers.last_match(config.extract, final) if config.extract is not None and final else final
     checks = {
         "cut": config.finished and not sample.finished,
         "too long": config.max_tokens is not None and sample.tokens > config.max_tokens,
@@ -139,7 +119,9 @@ def _failed(config: VerifyConfig, sample: Sample, right: str | None, score: floa
         "reasoning": config.reasoning == "none" and bool(reasoning),
         "pattern": config.pattern is not None and not re.search(config.pattern, final or "", re.DOTALL),
         "no answer found": right is not None and said is None,
-        "wrong answer": right is not None and said is not None and normalised(said) != normalised(right),
+        "wrong answer": right is not None
+        and said is not None
+        and answers.normalised(said) != answers.normalised(right),
         "function": score is not None and not score >= config.threshold,
         "not judged": asked and score is None and right is None and config.pattern is None,
     }

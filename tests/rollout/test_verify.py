@@ -15,20 +15,6 @@ def failed(texts, columns=None, function=None, **settings):
     return [verdict.failed for verdict in verdicts(texts, columns, function, **settings)]
 
 
-@pytest.mark.parametrize(
-    ("text", "reasoning", "final"),
-    [
-        ("<think>\n2 and 2\n</think>\n\n4", "2 and 2", "4"),
-        ("2 and 2\n</think>4", "2 and 2", "4"),  # the template wrote the first tag
-        ("4", "", "4"),
-        ("<think>2 and", "2 and", None),
-        ("<think>a</think> b <think>c</think>", "a</think> b <think>c", ""),
-    ],
-)
-def test_reasoning_and_the_final_answer(text, reasoning, final):
-    assert verify.parts(text) == (reasoning, final)
-
-
 def test_answers_are_compared_after_normalisation():
     said = ["Saturday", " saturday. ", "'Saturday'", "\uff33aturday", "Sunday", "It is Saturday", "", "Saturday..."]
     got = failed(said, {"answer": "Saturday"}, answer="answer")

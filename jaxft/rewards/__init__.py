@@ -1,0 +1,31 @@
+"""Rewards: plain functions from prompts and completions to numbers, with no model and no arrays of jax.
+
+`REWARDS` is the literal table: a reward is a config, one function that makes it, and one line here. `call` asks several
+of them of the completions of one rollout.
+"""
+
+from jaxft.rewards import format, function, length, math
+from jaxft.rewards.calling import Asked, Judged, Report, RewardError, call, made
+from jaxft.rewards.format import ExactMatch, JSONSchema, MultipleChoice, Pattern, ThinkFormat
+from jaxft.rewards.function import Own
+from jaxft.rewards.length import CosineLength, Repetition, SoftOverlong
+from jaxft.rewards.math import Math
+from jaxft.rewards.settings import Reward
+
+REWARDS: dict[str, Reward] = {
+    "math": Reward(Math, math.make),
+    "exact_match": Reward(ExactMatch, format.exact),
+    "multiple_choice": Reward(MultipleChoice, format.choice),
+    "think_format": Reward(ThinkFormat, format.think),
+    "regex": Reward(Pattern, format.pattern),
+    "json_schema": Reward(JSONSchema, format.json_schema),
+    "soft_overlong": Reward(SoftOverlong, length.overlong),
+    "repetition": Reward(Repetition, length.repetition),
+    "cosine_length": Reward(CosineLength, length.cosine),
+    "function": Reward(Own, function.make),
+}
+
+__all__ = [
+    "REWARDS", "Asked", "CosineLength", "ExactMatch", "JSONSchema", "Judged", "Math", "MultipleChoice", "Own",
+    "Pattern", "Repetition", "Report", "Reward", "RewardError", "SoftOverlong", "ThinkFormat", "call", "made",
+]  # fmt: skip
