@@ -23,7 +23,8 @@ from jaxft.models.config import ModelConfig
 LOGIT_ELEMENTS = 2**28  # largest chunk of logits, in elements
 MIN_CHUNKS = 8
 METRICS = ("entropy", "correct", "sum_p2")  # not differentiated: their gradients are not computed
-NEEDS = ("logp", *METRICS)
+TRAINED = ("logp", "trained_entropy")
+NEEDS = (*TRAINED, *METRICS)
 ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
 
 
@@ -101,9 +102,9 @@ class TokenScores:
         hot = jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) == given[..., None]
         chosen = jnp.sum(jnp.where(hot, y, 0.0), -1)
         out = {"logp": chosen - lse[..., 0]}
-        if set(self.needs) & {"entropy", "sum_p2"}:
+        if set(self.needs) & {"entropy", "trained_entropy", "sum_p2"}:
             p = jnp.exp(y - lse)
-            out["entropy"] = lse[..., 0] - jnp.sum(p * y, -1)
+            out["entropy"] = out["trained_entropy"] = lse[..., 0] - jnp.sum(p * y, -1)
             out["sum_p2"] = jnp.sum(p * p, -1)
         if "correct" in self.needs:
             out["correct"] = (chosen >= top[..., 0]).astype(jnp.float32)
@@ -122,11 +123,13 @@ def token_scores(
 
     ``labels`` int32[B, T] is the token each state should predict (any id where it does not matter). logp: log p(label);
     entropy: nats; correct: 1 where the label is the most likely token; sum_p2: sum over the vocabulary of p squared.
-    Only logp carries a gradient. For ``mesh`` see `over_chunks`. Raises ValueError for another need."""
+    Only logp carries a gradient, and trained_entropy, which is the entropy again. For ``mesh`` see `over_chunks`.
+    Raises ValueError for another need."""
     unknown = [n for n in needs if n not in NEEDS]
     if unknown:
         raise ValueError(f"needs: got {unknown}; expected names among {NEEDS}")
-    ask = TokenScores(tuple(dict.fromkeys(("logp", *needs))))
+    asked = tuple(dict.fromkeys(("logp", *needs)))
+    ask = TokenScores(asked, tuple(need for need in asked if need in TRAINED))
     return over_chunks(ask, config, head, x_BTD, labels_BT, mesh=mesh)
 
 

@@ -4,7 +4,22 @@
 `preference.LOSSES` are the losses of pairs of completions as plain functions.
 """
 
-from jaxft.objectives import bco, cpo, distil, dpo, grpo, kto, orpo, preference, prm, reward, sft
+from jaxft.objectives import (
+    bco,
+    cpo,
+    distil,
+    dpo,
+    grpo,
+    kto,
+    orpo,
+    ppo,
+    preference,
+    prm,
+    reinforce,
+    reward,
+    rloo,
+    sft,
+)
 from jaxft.objectives.bco import BCO
 from jaxft.objectives.cpo import CPO, SimPO
 from jaxft.objectives.distil import Distil
@@ -12,8 +27,11 @@ from jaxft.objectives.dpo import DPO
 from jaxft.objectives.grpo import GRPO
 from jaxft.objectives.kto import KTO
 from jaxft.objectives.orpo import ORPO
+from jaxft.objectives.ppo import PPO
 from jaxft.objectives.prm import PRM
+from jaxft.objectives.reinforce import Reinforce
 from jaxft.objectives.reward import Reward
+from jaxft.objectives.rloo import RLOO
 from jaxft.objectives.sft import SFT
 from jaxft.objectives.terms import Mean, Objective
 
@@ -42,12 +60,25 @@ OBJECTIVES: dict[str, Objective] = {
         config=Distil, fn=distil.distil, needs=distil.needs, reports=distil.reports, views=distil.views,
     ),
     "grpo": Objective(
-        config=GRPO, fn=grpo.grpo, reports=("entropy",), rows="rollout", rollout_needs=("old_logp",),
-        estimate=grpo.estimate,
+        config=GRPO, fn=grpo.grpo, needs=grpo.needs, reports=grpo.reports, rows="rollout",
+        annotate=grpo.annotate, couples=grpo.couples, carry=grpo.begin,
+        rollout_needs=grpo.rollout_needs, estimate=grpo.estimate,
+    ),
+    "rloo": Objective(
+        config=RLOO, fn=rloo.rloo, reports=("entropy",), rows="rollout", rollout_needs=rloo.rollout_needs,
+        estimate=rloo.estimate,
+    ),
+    "reinforce": Objective(
+        config=Reinforce, fn=reinforce.reinforce, reports=("entropy",), rows="rollout",
+        rollout_needs=reinforce.rollout_needs, estimate=reinforce.estimate, running=reinforce.begin,
+    ),
+    "ppo": Objective(
+        config=PPO, fn=ppo.ppo, reports=("entropy",), views=("policy", "value"), rows="rollout",
+        rollout_needs=ppo.rollout_needs, estimate=ppo.estimate, running=ppo.begin,
     ),
 }  # fmt: skip
 
 __all__ = [
-    "BCO", "CPO", "DPO", "GRPO", "KTO", "OBJECTIVES", "ORPO", "PRM", "SFT", "Distil", "Mean", "Objective",
-    "Reward", "SimPO", "preference",
+    "BCO", "CPO", "DPO", "GRPO", "KTO", "OBJECTIVES", "ORPO", "PPO", "PRM", "RLOO", "SFT", "Distil", "Mean",
+    "Objective", "Reinforce", "Reward", "SimPO", "preference",
 ]  # fmt: skip

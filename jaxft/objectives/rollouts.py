@@ -27,14 +27,31 @@ def combined(reward: jax.Array, weight: jax.Array) -> jax.Array:
     """The weighted sum of what functions said of each sequence, float32[N]; NaN where none said anything.
 
     reward: float32[N, F], NaN where a function said nothing; weight: float32[F]."""
-    said = ~jnp.isnan(reward)
-    total = jnp.sum(jnp.where(said, reward, 0.0) * weight[None], axis=1)
-    return jnp.where(jnp.any(said, axis=1), total, jnp.nan)
+    return jnp.where(jnp.all(jnp.isnan(reward), axis=1), jnp.nan, weighted(reward, weight))
+
+
+def weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The sum over F of ``x`` float32[N, F] times ``weight`` float32[F], NaN left out: float32[N]."""
+    return jnp.sum(known(x) * weight[None], axis=1)
 
 
 def spread(x: jax.Array, rollout: Batch) -> jax.Array:
     """What belongs to a sequence, float32[N], at each token of its completion: float32[N, T]; 0 elsewhere."""
     return jnp.where(rollout["loss_mask"], x[:, None], 0.0)
+
+
+def counted(rollout: Batch, mask_truncated: bool) -> Batch:
+    """The rollout in which completions that did not end have no token, if they are to be masked."""
+    if not mask_truncated:
+        return rollout
+    return {**rollout, "loss_mask": rollout["loss_mask"] & rollout["finished"][:, None]}
+
+
+def added(advantage: jax.Array, rollout: Batch, mask_truncated: bool) -> dict[str, jax.Array]:
+    """What an estimate adds: ``advantage`` [N, T], of sequences [N] or of tokens [N, T], 0 where it is NaN, and the
+    ``loss_mask`` of `counted` where that differs."""
+    each = spread(advantage, rollout) if advantage.ndim == 1 else advantage
+    return {"advantage": known(each)} | ({"loss_mask": rollout["loss_mask"]} if mask_truncated else {})
 
 
 def lengths(rollout: Batch) -> jax.Array:

@@ -39,6 +39,11 @@ def lengths(batch: Batch) -> jax.Array:
     return sums(jnp.ones(batch["loss_mask"].shape, jnp.float32), batch)
 
 
+def means(x: jax.Array, batch: Batch) -> jax.Array:
+    """Means of ``x`` float32[B, T] over the tokens of each completion: float32[B, S]; 0 where there is none."""
+    return sums(x, batch) / jnp.maximum(lengths(batch), 1.0)
+
+
 def at_end(x: jax.Array, batch: Batch) -> jax.Array:
     """``x`` float32[B, T] at the last token of each sequence: float32[B, S]; 0 where there is none."""
     segments, exists = batch["segments"], batch["sequence_mask"]

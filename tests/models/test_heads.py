@@ -41,6 +41,7 @@ def plain(config: ModelConfig, head: jax.Array, x: jax.Array, labels: jax.Array)
     return {
         "logp": jnp.take_along_axis(logp, labels[..., None], -1)[..., 0],
         "entropy": -jnp.sum(p * logp, -1),
+        "trained_entropy": -jnp.sum(p * logp, -1),
         "correct": (jnp.argmax(logits, -1) == labels).astype(jnp.float32),
         "sum_p2": jnp.sum(p * p, -1),
     }
@@ -65,7 +66,11 @@ def test_gradients(name, trained):
     weights = jax.random.normal(jax.random.key(1), (B, T))
 
     def loss(score):
-        return lambda head, x: jnp.sum(score(config, head, x, labels)["logp"] * weights)
+        def total(head, x):
+            found = score(config, head, x, labels, *([heads.TRAINED] if score is heads.token_scores else []))
+            return jnp.sum(found["logp"] * weights + found["trained_entropy"] * weights[::-1])
+
+        return total
 
     which = (0, 1) if trained else 1
     got = jax.grad(loss(heads.token_scores), which)(head, x)
