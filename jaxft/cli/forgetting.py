@@ -15,6 +15,7 @@ from jaxft.cli.assemble import Split
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import DataConfig, Examples, Loader, sources
+from jaxft.data.errors import called
 from jaxft.model import Model
 from jaxft.models import slots
 from jaxft.models.decoder import Execution
@@ -46,6 +47,12 @@ def check(config: RunConfig) -> None:
     if numbers and max(numbers) >= len(names):
         listed = ", ".join(f"{i} {name}" for i, name in enumerate(names)) or "none: there are no data.sources"
         raise ConfigError(f"`objective.kl_sources`: got {list(numbers)}; expected numbers of sources: {listed}")
+    follow = OBJECTIVES[config.objective.name].follow(config.objective.value)
+    for key, given in (("optim.ewc", config.optim.ewc), ("optim.l2_start", config.optim.l2_start)):
+        if follow is not None and given:
+            raise ConfigError(
+                f"`{key}`: pulls to the start, which objective.ref_sync_steps moves; leave out one of them"
+            )
     for key, given in (("optim.ewc", config.optim.ewc), ("objective.kl_to_start", "start" in asked.views)):
         if config.sweep and given:
             raise ConfigError(f"`{key}`: each member of a sweep has a start of its own; train them one by one")
@@ -69,7 +76,8 @@ def examples(config: RunConfig, base: Model, reserved: int) -> Examples | None:
     """The general set (`eval.general`), whatever the objective's rows; None: there is none."""
     if config.eval.general is None:
         return None
-    return data.prepare(elsewhere(config.data, config.eval.general), base.tokenizer, reserved=reserved).train
+    with called("data.path", "eval.general"):
+        return data.prepare(elsewhere(config.data, config.eval.general), base.tokenizer, reserved=reserved).train
 
 
 def measure(
@@ -125,7 +133,8 @@ def weights(config: RunConfig, base: Model, parts: Split, how: Execution) -> tre
         return None
     reserved = assemble.virtual(config).get("prompt", 0)
     settings = elsewhere(config.data, section.ewc_data, packing="none")
-    found = data.prepare(settings, base.tokenizer, reserved=reserved).train
+    with called("data.path", "optim.ewc_data"):
+        found = data.prepare(settings, base.tokenizer, reserved=reserved).train
     loader = Loader(found, dataclasses.replace(settings, shuffle=True), batch_rows=1, epochs=1, reserved=reserved)
     documents = itertools.islice(loader, section.ewc_examples)
     scanned = dataclasses.replace(how, unroll=False)

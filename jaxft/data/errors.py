@@ -1,5 +1,7 @@
 """The one exception of the data room: what is wrong, in which file and line, and what to do about it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -14,6 +16,17 @@ class DataError(ValueError):
         at = f"{self.where}: " if self.where else ""
         field = f"`{self.field}`: " if self.field else ""
         return f"{at}{field}got {self.got}; expected {self.expected}. {self.remedy}".rstrip()
+
+
+@contextlib.contextmanager
+def called(key: str, name: str) -> Iterator[None]:
+    """What is wrong with the setting `key` is said of `name`, the setting that stands for it here."""
+    try:
+        yield
+    except DataError as error:
+        if error.field != key:
+            raise
+        raise DataError(error.where, name, error.got, error.expected, error.remedy) from error
 
 
 def short(value: Any, limit: int = 80) -> str:

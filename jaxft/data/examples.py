@@ -18,7 +18,7 @@ import numpy as np
 from jaxft.data import encode, formats, records, store, texts, trees, wordings
 from jaxft.data.config import DataConfig
 from jaxft.data.encode import Chunk
-from jaxft.data.errors import DataError
+from jaxft.data.errors import DataError, called
 from jaxft.data.forms import Conversation, Stepwise, parsed, taught
 from jaxft.data.records import Row
 from jaxft.data.sources import Mixture
@@ -126,7 +126,9 @@ def prepare(
     held_out, held_format = None, ""
     if config.eval_path is not None or config.eval_split is not None:
         path, split = config.eval_path or config.path, config.eval_split or config.split
-        held_out, _, held_format = loaded(read(dataclasses.replace(config, path=path, split=split, limit=None)), path)
+        with called("data.path", "data.eval_path"), called("data.split", "data.eval_split"):
+            source = read(dataclasses.replace(config, path=path, split=split, limit=None))
+        held_out, _, held_format = loaded(source, path)
     elif config.eval_fraction or config.eval_examples:
         aside = hold_out(train.rows, keys, config)
         train, held_out = select(train, ~aside), select(train, aside)

@@ -128,8 +128,11 @@ def checked(encoder: Encoder, examples: list[Tokens], where: str) -> list[Tokens
                 got = f"no step that ends in a window of {room:,} tokens"
             raise DataError(where, "prompt", got, "room for what is judged", "Raise data.max_length. " + SKIP)
     if len(examples) == 2 and np.array_equal(examples[0].ids[:room], examples[1].ids[:room]):
-        got = f"the same {len(examples[0].ids[:room]):,} tokens in both (data.max_length cuts what differs)"
-        raise DataError(where, "chosen, rejected", got, "two different completions", "Raise data.max_length. " + SKIP)
+        why, remedy = "whose difference the template or the tokenizer takes away", SKIP
+        if max(len(each.ids) for each in examples) > room:
+            why, remedy = "of which data.max_length cuts what differs", "Raise data.max_length. " + SKIP
+        got = f"the same {len(examples[0].ids[:room]):,} tokens in both, {why}"
+        raise DataError(where, "chosen, rejected", got, "two different completions", remedy)
     return examples
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data import mixture, pack, sequences
+from jaxft.data import mixture, pack, records, sequences
 from jaxft.data import report as report_
 from jaxft.data.config import DataConfig
 from jaxft.data.errors import DataError
@@ -167,6 +167,11 @@ class Loader:
     def _plan(self, part: Examples, longest: int, share: bool) -> pack.Plan:
         """How the examples of a source share rows."""
         found = pack.pieces(part, longest, self.config.overlong)
+        if self.config.on_error == "refuse" and (filled := pack.left_unlearnt(part, found)):
+            got = f"a prompt that leaves nothing to learn in a window of {longest:,} tokens"
+            remedy = "Raise data.max_length, or set data.overlong=split. " + records.SKIP
+            remedy += f" (more such rows: {', '.join(filled[1:])})" if filled[1:] else ""
+            raise DataError(filled[0], "prompt", got, "room for what is learnt", remedy)
         if share and part.form == "pairs":
             found = pack.share(found, sequences.completions(part, found.start))
         return pack.plan(found, self.length, self.config.packing, self.reserved if self.segmented else 0)

@@ -9,7 +9,7 @@ and a lowest set bit, instead of a tree.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class Pieces:
     dropped_tokens: int = 0
     group: int = 1
     given: np.ndarray | None = None
+    filled: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Numbers of the examples of which, cut, nothing is left to learn: their prompts fill the window."""
 
     def __len__(self) -> int:
         return len(self.start) // self.group
@@ -138,7 +140,15 @@ def pieces(examples: Examples, max_length: int, overlong: str) -> Pieces:
     keep = counted(examples.loss if examples.steps is None else examples.steps, np.minimum(start + 1, stop), stop) > 0
     keep = apart(together(np.logical_and, keep, group), group)
     counts["dropped_tokens"] += int((stop - start)[~keep].sum())
-    return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=int((~keep).sum()), group=group, given=None)
+    filled = np.flatnonzero(long & ~keep) if overlong == "truncate" else np.zeros(0, np.int64)
+    unlearnt = int((~keep).sum())
+    return Pieces(start[keep], stop[keep], **counts, dropped_unlearnt=unlearnt, group=group, given=None, filled=filled)
+
+
+def left_unlearnt(examples: Examples, found: Pieces, count: int = 5) -> list[str]:
+    """Where the first rows stand of whose examples, cut, nothing is left to learn."""
+    rows = np.setdiff1d(examples.rows[found.filled], np.delete(examples.rows, found.filled))
+    return [examples.source.rows(int(row), int(row) + 1)[0].where for row in rows[:count]]
 
 
 def counted(flags: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:

@@ -41,6 +41,8 @@ class Report:
     """Of judged rows: `pairs`; `desirable` and `undesirable` completions; `steps`, and how many are `right`."""
     parts: dict[str, dict[int, int]] = field(default_factory=dict)
     """Of judged rows, the percentiles of the tokens in a prompt and in each kind of completion."""
+    filled: tuple[str, ...] = ()
+    """Where the first rows stand whose prompts leave nothing to learn."""
 
     @property
     def efficiency(self) -> float:
@@ -95,6 +97,8 @@ class Report:
             yield f"! {self.truncated:,} examples truncated, {lost}"
         if self.dropped_tokens:
             yield f"! {self.dropped_tokens:,} tokens left out with them"
+        if self.filled:
+            yield f"  data.max_length leaves nothing to learn of {', '.join(self.filled)}"
         yield from (f"  {error}" for error in read.errors)
 
 
@@ -173,6 +177,7 @@ def report(examples: Examples, plan: pack.Plan, rows: pack.Epoch) -> Report:
         form=examples.form,
         counts=counted(examples),
         parts=parts(examples) if judged and len(examples) else {},
+        filled=tuple(pack.left_unlearnt(examples, found)),
     )
 
 

@@ -67,6 +67,14 @@ def test_everything_that_holds_a_run_and_what_it_forgot(capsys, words, tiny, tmp
         assert told[name] == pytest.approx(evaluations[-1][f"eval_{name}"], abs=2e-5), name
 
 
+@pytest.mark.parametrize("key", ["eval.general", "optim.ewc_data"])
+def test_texts_that_are_not_there_are_named_by_their_own_key(capsys, words, key):
+    code, _, err = jaxft(
+        capsys, *words, "optim.ewc=1", words[3].replace("data.path", "optim.ewc_data"), f"{key}=nowhere.jsonl"
+    )
+    assert code == 1 and f"nowhere.jsonl: `{key}`: got nothing there" in err
+
+
 def test_any_objective_and_a_sweep(capsys, words, tmp_path):
     """Preferences; members of a sweep; a run that has nothing else to evaluate, which must say what is best."""
     pairs = f"data.path={tmp_path / 'pairs.jsonl'}"

@@ -125,7 +125,7 @@ def test_another_cursor_is_refused(make_tokenizer, write, chats):
         ({"max_length": 63}, "max_length"),
         ({"batch_rows": 2}, "batch_rows"),
         ({"packing": "none"}, "packing"),
-        ({"loss_on": "last"}, "examples"),
+        ({"loss_on": "all"}, "examples"),
     ):
         with pytest.raises(DataError, match=f"data cursor: {name}"):
             loader_of(path, tokenizer, **options).restore(state)
@@ -178,13 +178,15 @@ def test_held_out_data_of_its_own(make_tokenizer, write, chats):
     config = dataclasses.replace(CONFIG, path=train, eval_path=other)
     prepared = data.prepare(config, make_tokenizer())
     assert len(prepared.train) == 10 and len(prepared.held_out) == 4
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: `data\.eval_path`: got nothing there"):
+        data.prepare(dataclasses.replace(config, eval_path="nowhere.jsonl"), make_tokenizer())
     with pytest.raises(DataError, match="several ways"):
         data.prepare(dataclasses.replace(config, eval_fraction=0.1), make_tokenizer())
 
 
 def test_the_report_says_what_is_lost(make_tokenizer, write, chats):
     path, tokenizer = write(chats(20)), make_tokenizer()
-    report = loader_of(path, tokenizer, max_length=48).report()
+    report = loader_of(path, tokenizer, max_length=48, on_error="skip").report()
     lengths = np.diff(data.prepare(dataclasses.replace(CONFIG, path=path), tokenizer).train.offsets)
     assert report.truncated == (lengths > 48).sum() and report.cut_tokens == (lengths - 48).clip(0).sum()
     assert report.packed_tokens == lengths.sum() - report.cut_tokens - report.dropped_tokens
@@ -196,7 +198,23 @@ def test_the_report_says_what_is_lost(make_tokenizer, write, chats):
     dropped = loader_of(path, tokenizer, max_length=48, overlong="drop").report()
     assert dropped.dropped_overlong == report.truncated
     with pytest.raises(DataError, match="no example with anything to learn"):
-        loader_of(path, tokenizer, max_length=2)
+        loader_of(path, tokenizer, max_length=2, on_error="skip")
+
+
+def test_a_prompt_that_fills_the_window_is_refused_or_named(make_tokenizer, write, chats):
+    """A row whose learnt part is cut away; one of several turns, of which a part is left, is only cut."""
+    long = {"messages": [{"role": "user", "content": "the " * 80}, {"role": "assistant", "content": "b"}]}
+    turns = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *long["messages"]]}
+    good, tokenizer = chats(2), make_tokenizer()
+    path = write([good[0], long, turns, good[1], long | {"id": 1}])
+    with pytest.raises(DataError) as caught:
+        loader_of(path, tokenizer)
+    assert str(caught.value).startswith(f"{path}:2: `prompt`: got a prompt that leaves nothing to learn in a window")
+    assert f"more such rows: {path}:5" in str(caught.value)
+    report = loader_of(path, tokenizer, on_error="skip").report()
+    assert report.dropped_unlearnt == 2 and report.filled == (f"{path}:2", f"{path}:5")
+    assert any(f"leaves nothing to learn of {path}:2, {path}:5" in line for line in report.lines())
+    assert loader_of(path, tokenizer, overlong="split").report().filled == ()
 
 
 def test_prompts(make_tokenizer, write, chats):

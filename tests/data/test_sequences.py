@@ -200,6 +200,13 @@ def test_truncation_keeps_the_start_of_both(make_tokenizer, write):
     [
         ("pairs", {"prompt": "the " * 80, "chosen": "b", "rejected": "c"}, "nothing of `chosen` in a window of 64"),
         ("pairs", {"prompt": "a", "chosen": "b " * 99 + "c", "rejected": "b " * 99}, "the same 64 tokens in both"),
+        (
+            "pairs",
+            {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}],
+             "rejected": [{"role": "assistant", "content": "b", "name": "c"}]},
+            "tokens in both, whose difference the template or the tokenizer takes away; expected two different "
+            "completions. Mend the row",
+        ),
         ("labelled", {"prompt": "the " * 80, "completion": "b", "label": True}, "nothing of `completion` in a window"),
         ("labelled", {"prompt": "the " * 80, "chosen": "b", "rejected": "c"}, "nothing of `completion` in a window"),
         ("steps", {"prompt": "a", "completions": ["b " * 90], "labels": [True]}, "no step that ends in a window of 64"),
@@ -226,6 +233,8 @@ def test_bad_rows_refuse_or_are_counted(make_tokenizer, write, rows, bad, words)
         "steps": {"prompt": "a", "completions": ["b"], "labels": [True]},
     }[rows]
     good = {"prompt": "a", "chosen": "b", "rejected": "c"} if "chosen" in bad else good
+    if words.startswith("tokens in both"):
+        good = bad | {"rejected": [{"role": "assistant", "content": "c"}]}
     path, tokenizer = write([good, bad, good]), make_tokenizer()
     with pytest.raises(DataError) as caught:
         prepared(path, tokenizer, rows)
