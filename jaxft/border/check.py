@@ -41,7 +41,7 @@ def build(cls: type[T], source: Source, tell: Callable[[str], None] = lambda lin
 
 @functools.cache
 def _adapter(annotation: Any) -> pydantic.TypeAdapter:
-    return pydantic.TypeAdapter(annotation)
+    return pydantic.TypeAdapter(annotation, config=pydantic.ConfigDict(allow_inf_nan=False))
 
 
 class _Checker:
@@ -215,7 +215,9 @@ class _Checker:
             return f"{message}; `{dotted(path)}` is a mapping and no list, which has no index: leave the {key} out"
         if owners:
             return f"{message}; it belongs to {' and '.join(owners)}"
-        siblings = [dotted((*path, name)) for name in difflib.get_close_matches(key, _keys(cls), 1, 0.6)]
+        tag = picked.partition("=")[0].rpartition(".")[-1]
+        known = [*_keys(cls), tag] if tag else _keys(cls)
+        siblings = [dotted((*path, name)) for name in difflib.get_close_matches(key, known, 1, 0.6)]
         elsewhere = sorted({p for p, _ in every if p.rsplit(".", 1)[-1] == key})
         near = difflib.get_close_matches(here, [p for p, _ in every], 1, 0.6)
         leaf = [p for p, _ in every if difflib.SequenceMatcher(None, p.rsplit(".", 1)[-1], key).ratio() > 0.8]

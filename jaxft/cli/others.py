@@ -69,10 +69,12 @@ def check(config: RunConfig) -> None:
     elif settings.teacher == "live":
         if config.teacher.path is None:
             raise ConfigError("`teacher.path` must be given: the folder or hub id of the model to learn from")
-        if config.teacher.stored is not None:
-            raise ConfigError("`teacher.stored`: a live teacher is not stored; set objective.teacher=stored")
+        if unused := [key for key in given if key in ("teacher.stored", "teacher.top_k")]:
+            raise ConfigError(f"`{unused[0]}`: a live teacher is not stored; set objective.teacher=stored")
     elif config.teacher.path is None and config.teacher.stored is None:
         raise ConfigError("`teacher.path` or `teacher.stored` must be given: a teacher, or what one said")
+    elif config.teacher.top_k < 1:
+        raise ConfigError(f"`teacher.top_k`: got {config.teacher.top_k}; expected at least 1 token of each place")
     if config.sweep and (isinstance(settings, Distil) or config.reference != ReferenceSection()):
         raise ConfigError("`sweep`: members cannot share another model yet; train them one by one")
 

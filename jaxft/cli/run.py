@@ -53,7 +53,8 @@ def command(args: argparse.Namespace) -> int:
     """Runs what is left to run; the exit code of the stage that failed, or 0."""
     file, overrides = arguments_.split(args.words)
     if file is None or not stages.is_pipeline(file):
-        raise ConfigError("expected a pipeline, a file with `stages:`; of a single run: jaxft train CONFIG.yaml")
+        where = "" if file is None else f"{file}: "
+        raise ConfigError(f"{where}expected a pipeline, with `stages:`; of a single run: jaxft train CONFIG.yaml")
     pipeline = stages.read(file, overrides)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for stage in pipeline.stages:

@@ -81,8 +81,9 @@ class DPO:
             raise ValueError(f"objective.loss_weights: got {got}; expected {len(names)}, one for each of {list(names)}")
         if not all(weight > 0 for weight in self.loss_weights or ()):
             raise ValueError(f"objective.loss_weights: got {list(self.loss_weights or ())}; expected numbers above 0")
-        if not self.beta > 0:
-            raise ValueError(f"objective.beta: got {self.beta}; expected a number above 0")
+        for name in ("beta", "discopop_tau"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"objective.{name}: got {getattr(self, name)}; expected a number above 0")
         self._check_options(names)
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"objective.ld_alpha: got {self.ld_alpha}; expected from 0 to 1")

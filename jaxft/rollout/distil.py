@@ -90,11 +90,11 @@ def _resolved(config: ModelConfig, teacher_config: ModelConfig, layers: Pairs) -
             if not -one.num_layers <= i < one.num_layers:
                 n = one.num_layers
                 raise ValueError(
-                    f"hidden_layers: got {i} for the {whose}, which has {n} layers; expected {-n} to {n - 1}"
+                    f"objective.hidden_layers: got {i} for the {whose}, which has {n} layers; expected {-n} to {n - 1}"
                 )
         found.append((pair[0] % config.num_layers, pair[1] % teacher_config.num_layers))
     if len(set(found)) < len(found):
-        raise ValueError(f"hidden_layers: got {list(layers)}; expected each pair of layers once")
+        raise ValueError(f"objective.hidden_layers: got {list(layers)}; expected each pair of layers once")
     return found
 
 
@@ -112,7 +112,7 @@ def shared_vocabulary(
         i = apart[0]
         remedy = ", or objective.divergence=uld, which compares different tokenizers" if what == "teacher" else ""
         raise ValueError(
-            f"{what}: its tokenizer differs from the model's in {len(apart)} of {common} ids: id {i} is "
+            f"`{what}.path`: its tokenizer differs from the model's in {len(apart)} of {common} ids: id {i} is "
             f"{other.get(i)!r} for the {what} and {own.get(i)!r} for the model; expected the same tokens{remedy}"
         )
     return common

@@ -180,6 +180,9 @@ def test_hidden_states_and_a_quantised_teacher(capsys, taught, larger, tmp_path)
         (["objective.name=distil"], "`teacher.path` must be given"),
         (["objective.name=distil", "objective.teacher=stored"], "`teacher.path` or `teacher.stored`"),
         (["objective.name=distil", "teacher.path=x", "teacher.stored=y"], "a live teacher is not stored"),
+        (["objective.name=distil", "teacher.path=x", "teacher.top_k=8"], "`teacher.top_k`: a live teacher"),
+        (["objective.name=distil", "objective.teacher=stored", "teacher.path=x", "teacher.top_k=0"], "got 0"),
+        (["objective.ref_sync_steps=2", "optim.l2_start=1"], "`optim.l2_start`: pulls to the start"),
     ],
 )
 def test_what_does_not_fit_the_objective_is_refused(capsys, words, tmp_path, more, said):

@@ -284,7 +284,9 @@ def test_killed_in_the_middle_it_goes_on(capsys, here, rows, defaults):
     np.testing.assert_allclose([r["loss"] for r in again], [r["loss"] for r in whole], rtol=1e-4)
 
 
-def test_is_pipeline(rows, defaults):
+def test_is_pipeline(capsys, rows, defaults):
     assert stages.is_pipeline(pipeline(rows, defaults, sft=sft(rows)))
     (rows / "one.yaml").write_text("model: {path: x}\n")
     assert not stages.is_pipeline(Path(rows / "one.yaml"))
+    code, _, err = jaxft(capsys, "run", rows / "one.yaml")
+    assert code == 2 and "one.yaml: expected a pipeline, with `stages:`" in err

@@ -131,6 +131,7 @@ def test_every_loss_can_be_asked_for():
         ({"beta": 0.0}, r"objective.beta: got 0.0"),
         ({"label_smoothing": 0.1}, r"objective.label_smoothing: got 0.1, which sigmoid makes no use of.*robust"),
         ({"discopop_tau": 0.1}, r"objective.discopop_tau.*discopop"),
+        ({"loss": "discopop", "discopop_tau": 0.0}, r"objective.discopop_tau: got 0.0; expected a number above 0"),
         ({"loss": "exo_pair"}, r"objective.label_smoothing: got 0.0; exo_pair"),
         ({"loss": "robust", "label_smoothing": 0.5}, r"objective.label_smoothing: got 0.5.*below 0.5"),
         ({"loss": "nca_pair", "f_divergence_type": "forward_kl"}, r"objective.f_divergence_type.*nca_pair.*sigmoid"),
