@@ -57,7 +57,8 @@ def rows(given: Written, a_row: int = 2, pad: int = 3, room: int = 1) -> tuple[d
         return completions.rows(dataclasses.replace(given, ref=x), a_row, pad, room)[0]["reference"]["logp"]
 
     scores, batch = completions.rows(given, a_row, pad, room)
-    policy = scores["policy"] | {"trained_entropy": scores["policy"]["entropy"]}
+    policy = {name: scores["policy"][name] for name in ("logp", "entropy")}
+    policy["trained_entropy"] = policy["entropy"]
     named = {"old_logp": given.old, "sampler_logp": given.sampler, "ref_logp": given.ref, "advantage": given.advantage}
     return {"policy": policy}, batch | {name: lay(x) for name, x in named.items()}
 
