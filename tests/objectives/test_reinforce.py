@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_policy(average, weight):
     value, grads, metrics, _ = written.total(ROW, config, scores, batch)
     keep, weight = GIVEN.completion, weight or GIVEN.completion.sum()
     advantage = np.where(keep, GIVEN.advantage[:, None], 0)
-    assert value == pytest.approx(-(advantage * GIVEN.logp).sum() / weight, rel=1e-5)
+    assert float(value) == pytest.approx(-(advantage * GIVEN.logp).sum() / weight, rel=1e-5)
     np.testing.assert_allclose(completions.back(np.asarray(grads["logp"]), GIVEN), -advantage / weight, rtol=1e-5)
     assert set(metrics) == {"entropy"}
 
@@ -88,9 +88,9 @@ def test_clipped_with_the_divergence_in_the_loss_is_dapo_of_trl():
     )
     config = Reinforce(epsilon=0.2, beta=0.1, kl_in="loss", kl_estimator="k3")
     value, grads, metrics, _ = written.total(ROW, config, *written.rows(GIVEN))
-    assert value == pytest.approx(want, rel=1e-5)
+    assert float(value) == pytest.approx(want, rel=1e-5)
     np.testing.assert_allclose(completions.back(np.asarray(grads["logp"]), GIVEN), want_grad, rtol=2e-4, atol=1e-7)
-    assert metrics == pytest.approx(want_metrics, rel=2e-5, abs=1e-6)
+    assert {n: float(x) for n, x in metrics.items()} == pytest.approx(want_metrics, rel=2e-5, abs=1e-6)
 
 
 def test_what_is_refused():

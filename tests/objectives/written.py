@@ -73,7 +73,7 @@ def total(row, config, scores, batch, carry=None):
 
     leaves = {name: x for name, x in scores["policy"].items() if name in ("logp", "trained_entropy")}
     (value, metrics), grads = jax.value_and_grad(fn, has_aux=True)(leaves)
-    return float(value), grads, {name: float(x) for name, x in terms.values(metrics).items()}, carry
+    return value, grads, terms.values(metrics), carry
 
 
 def rollout(given: Written, reward: np.ndarray, samples: int, weight=None, finished=None) -> dict[str, jax.Array]:
