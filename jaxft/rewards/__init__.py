@@ -4,8 +4,9 @@
 of them of the completions of one rollout.
 """
 
-from jaxft.rewards import format, function, length, math
+from jaxft.rewards import code, format, function, length, math
 from jaxft.rewards.calling import Asked, Judged, Report, RewardError, call, made
+from jaxft.rewards.code import Code
 from jaxft.rewards.format import ExactMatch, JSONSchema, MultipleChoice, Pattern, ThinkFormat
 from jaxft.rewards.function import Own
 from jaxft.rewards.length import CosineLength, Repetition, SoftOverlong
@@ -14,6 +15,7 @@ from jaxft.rewards.settings import Reward
 
 REWARDS: dict[str, Reward] = {
     "math": Reward(Math, math.make),
+    "code": Reward(Code, code.make),
     "exact_match": Reward(ExactMatch, format.exact),
     "multiple_choice": Reward(MultipleChoice, format.choice),
     "think_format": Reward(ThinkFormat, format.think),
@@ -26,6 +28,6 @@ REWARDS: dict[str, Reward] = {
 }
 
 __all__ = [
-    "REWARDS", "Asked", "CosineLength", "ExactMatch", "JSONSchema", "Judged", "Math", "MultipleChoice", "Own",
+    "REWARDS", "Asked", "Code", "CosineLength", "ExactMatch", "JSONSchema", "Judged", "Math", "MultipleChoice", "Own",
     "Pattern", "Repetition", "Report", "Reward", "RewardError", "SoftOverlong", "ThinkFormat", "call", "made",
 ]  # fmt: skip

@@ -214,7 +214,8 @@ class _Ask:
         return functools.partial(_bound, self.asked.function, asks, texts, given, asked_for)
 
     def checked(self, found: Any, which: Sequence[int]) -> _Answer:
-        """The numbers that a function gave for some completions; NaN, with a report, for what is none."""
+        """The numbers that a function gave for some completions; NaN, with a report, for what is none. An exception in
+        place of a number says why there is none."""
         values = [math.nan] * len(self.completions)
         if isinstance(found, str | bytes | Mapping) or not hasattr(found, "__len__") or not hasattr(found, "__iter__"):
             return self.failed(TypeError(f"gave {_short(found)}; expected a list of numbers or None"), _only(which))
@@ -226,6 +227,8 @@ class _Ask:
             number = _number(value)
             if number is not None and math.isfinite(number):
                 values[i] = number
+            elif isinstance(value, Exception):
+                reports.append(self.report(i, str(value)))
             elif value is not None:
                 reports.append(self.report(i, f"gave {_short(value)}; expected a finite number or None"))
         return _Answer(values, reports, self.metrics, self.extras)
