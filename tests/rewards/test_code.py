@@ -256,5 +256,5 @@ def test_no_isolation_is_told_when_the_run_begins(monkeypatch):
         raise SandboxError("nothing here")
 
     monkeypatch.setattr(client, "server", none)
-    with pytest.raises(ConfigError, match="`rewards.code`: nothing here"):
+    with pytest.raises(ConfigError, match=r"`rewards\.code`: nothing here"):
         code.make(Code())
