@@ -19,11 +19,14 @@ from jaxft.data.config import DataConfig
 from jaxft.objectives import OBJECTIVES
 from jaxft.peft import METHODS, registry
 from jaxft.quant.config import QuantConfig
+from jaxft.rewards import REWARDS
+from jaxft.rollout.config import RolloutConfig
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.sharding.mesh import MeshConfig
 from jaxft.training.config import EvalConfig, LogConfig, OptimConfig, TrainConfig
 
 _METHODS = {**registry.installed(), **{name: method.config for name, method in METHODS.items()}}
+_REWARDS = {name: reward.config for name, reward in REWARDS.items()}
 _OBJECTIVES = {name: objective.config for name, objective in OBJECTIVES.items()}
 
 
@@ -105,6 +108,13 @@ class RunConfig:
     """What is trained: a method and its settings, or a list of them, applied in order."""
     objective: Choice = fields.choice("name", _OBJECTIVES, "sft", "Training objective.")
     """What is minimised: the objective and its settings."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """What an objective on the policy's own completions samples."""
+    rewards: tuple[Choice, ...] = fields.choice(
+        "name", _REWARDS, "function", "Reward function.", several=True, optional=True
+    )
+    """What judges completions: a list of reward functions with their settings and weights, {name: math} or
+    {function: file.py:name} of one's own. Their weighted sum is learnt."""
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     """What a preference objective compares the policy with."""
     teacher: TeacherSection = field(default_factory=TeacherSection)

@@ -139,6 +139,8 @@ class _Checker:
     def choices(self, alternatives: Alternatives, value: Any, path: KeyPath) -> Any:
         """A list of choices, or a single one without the list."""
         items = _opened(value)
+        if alternatives.optional and items in (None, []):
+            return ()
         if not isinstance(items, list):
             single = self.choice(alternatives, value, path)
             return _INVALID if single is _INVALID else (single,)
@@ -315,7 +317,7 @@ def _plain_field(field: Field, value: Any) -> Any:
         return plain(value)
     known, tag = field.alternatives.classes, field.alternatives.tag
     chosen = [{tag if one.name in known else MODULE: one.name, **plain(one.value)} for one in _tuple(value)]
-    return chosen if len(chosen) > 1 else chosen[0]
+    return chosen[0] if len(chosen) == 1 else chosen
 
 
 def _tuple(value: Any) -> tuple:

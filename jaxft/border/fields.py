@@ -39,6 +39,8 @@ class Alternatives:
     load: Callable[[str], tuple[str, type]] | None = None
     """Finds a class that is none of these, named under the key ``module`` instead of the tag; it comes with the name
     to keep. Raises ValueError."""
+    optional: bool = False
+    """Whether there may be none, which is then what it is if not written."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,15 @@ def choice(
     doc: str,
     several: bool = False,
     load: Callable[[str], tuple[str, type]] | None = None,
+    optional: bool = False,
 ) -> Any:
     """Declares a field of type `Choice`, or `tuple[Choice, ...]` if ``several``; its default is the default
-    alternative with that one's defaults."""
-    alternatives = Alternatives(tag, classes, default, doc, several, load)
+    alternative with that one's defaults, or of several that are ``optional`` none."""
+    alternatives = Alternatives(tag, classes, default, doc, several, load, optional)
 
     def usual() -> Any:
+        if optional:
+            return ()
         one = Choice(default, classes[default]())
         return (one,) if several else one
 

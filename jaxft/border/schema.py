@@ -42,7 +42,7 @@ def _choices(alternatives: Alternatives) -> dict[str, Any]:
     if not alternatives.several:
         return _alternatives(alternatives)
     one = {"$ref": f"#/$defs/{alternatives.tag}"}
-    return {"anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}
+    return {"anyOf": [one, {"type": "array", "minItems": 0 if alternatives.optional else 1, "items": one}]}
 
 
 def _alternatives(alternatives: Alternatives) -> dict[str, Any]:

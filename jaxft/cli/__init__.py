@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("jaxft.cli.generate", "Answer prompts"),
     "chat": ("jaxft.cli.chat", "Talk with a model in the terminal"),
     "rank": ("jaxft.cli.rank", "Let a person put answers in order, and write preferences to train on"),
+    "samples": ("jaxft.cli.samples", "Show what a policy wrote in its rollouts, with rewards and advantages"),
     "eval": ("jaxft.cli.eval", "Measure loss, perplexity and exact match on held-out data"),
     "compare": ("jaxft.cli.compare", "Train many methods on one task at one size, and rank them"),
     "quantize": ("jaxft.cli.quantize", "Store a model in four bits"),

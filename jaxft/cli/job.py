@@ -27,7 +27,7 @@ from jaxft.peft import store
 from jaxft.quant import FourBit
 from jaxft.rollout import distil
 from jaxft.sharding import mesh as mesh_
-from jaxft.training import evaluate, loop
+from jaxft.training import evaluate, loop, prefetch
 from jaxft.training.evaluate import Evaluator
 from jaxft.training.loop import Result
 from jaxft.training.optim import Optimizer
@@ -62,6 +62,8 @@ class Job:
     finish: Callable[[Result, tree.Params, Path], int]
     """``(result, trained arrays, folder)``: writes what came out of it and tells about it; gives the exit code."""
     read: Callable[[int, Mapping[str, Any]], dict[str, float]] = loop.numbers
+    """See `loop.fit`."""
+    feed: Callable[..., prefetch.Read] = prefetch.ahead
     """See `loop.fit`."""
 
 

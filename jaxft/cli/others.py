@@ -50,7 +50,7 @@ def check(config: RunConfig) -> None:
     asked, follow = objective.asked(config.objective.value), objective.follow(config.objective.value)
     section = config.reference
     given = [f"reference.{f}" for f, v in vars(section).items() if v != getattr(ReferenceSection(), f)]
-    if given and "reference" not in asked.views:
+    if given and "reference" not in asked.views and "ref_logp" not in asked.rollout_needs:
         raise ConfigError(f"`{given[0]}`: objective {name} compares with no reference as it is set; leave it out")
     if given and follow is not None:
         raise ConfigError(f"`{given[0]}`: objective.ref_sync_steps moves the reference, which then cannot be another's")

@@ -15,7 +15,7 @@ from jaxft.training import by_source
 from jaxft.training.loop import Result
 
 SHOWN = (
-    "loss", "perplexity", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "divergence",
+    "reward", "loss", "perplexity", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "divergence",
     "teacher_agreement", "exact_match", "accuracy", "margin", "brier", "calibration_error", "general_perplexity",
 )  # fmt: skip
 SHARES = ("exact_match", "mean_token_accuracy", "rewards/accuracies", "teacher_agreement", "accuracy")

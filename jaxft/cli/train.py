@@ -17,7 +17,7 @@ from jaxft import config as config_
 from jaxft import run_dir
 from jaxft.border import reading
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, forgetting, members, summary, sweep
+from jaxft.cli import answers, assemble, forgetting, members, rollouts, single, sweep
 from jaxft.cli import arguments as arguments_
 from jaxft.cli import job as job_
 from jaxft.cli import others as others_
@@ -29,7 +29,7 @@ from jaxft.model import Model
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import evaluate, loop, prefetch, step
 from jaxft.training.evaluate import Evaluator
-from jaxft.training.loop import Result, Settings
+from jaxft.training.loop import Settings
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +73,17 @@ def run(config: RunConfig) -> int:
     sources.check(config.data)
     others_.check(config)
     forgetting.check(config)
+    rollouts.check(config)
+    config = rollouts.settled(config)
     run_dir.check(config)
     mesh = assemble.devices(config)
     base = assemble.model(config, mesh)
-    material = job_.material(config, base)
+    read, make = job_.material, sweep.job if config.sweep else alone
+    if rollouts.wanted(config):
+        read, make = rollouts.material, rollouts.job
+    material: Any = read(config, base)
     console.print(*material.train.report().lines(), sep="\n")
-    job = (sweep.job if config.sweep else alone)(config, base, material, mesh, console)
+    job = make(config, base, material, mesh, console)
     del base  # the job holds of it what it needs, once
 
     folder, _ = run_dir.claim(config)
@@ -99,6 +104,7 @@ def run(config: RunConfig) -> int:
             epoch_steps=material.train.batches_per_epoch,
             flops_per_token=job.flops,
             read=job.read,
+            feed=job.feed,
         )
         if result.exit_code:
             console.print(f"Interrupted and saved. Go on: jaxft train {folder / run_dir.CONFIG} --resume")
@@ -109,31 +115,16 @@ def run(config: RunConfig) -> int:
 
 def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, console: Console) -> Job:
     """A single run."""
-    how = assemble.execution(config, mesh)
-    others = others_.load(config, base, mesh)
-    statistics = assemble.statistics(config, base, material.prepared, how)
-    parts = assemble.split(config, base, mesh, statistics, others_.projected(config, base, others))
-    assemble.check_tasks(parts.trainable, material.prepared.train, material.prepared.held_out)
-    hooks = assemble.hooks(config, parts, material.steps)
-    fisher = forgetting.weights(config, base, parts, how)
-    optimizer, first, places = assemble.start(config, parts, material.steps, mesh, hooks, fisher)
-    counted = f"{tree.count(parts.trainable):,} of {tree.count(parts.trainable) + tree.count(parts.frozen):,}"
-    methods = " + ".join(choice.name for choice in config.peft)
-    console.print(f"training {counted} parameters for {material.steps:,} steps with {methods}")
-    record = job_.record(config, parts.frozen)
-    flops = assemble.flops_per_token(config, base, parts)
-    score = others_.scorer(config, base, how, others)
-    dtype = base.params["embed"]["tokens"].dtype
+    statistics = assemble.statistics(config, base, material.prepared, assemble.execution(config, mesh))
+    begun = single.begin(config, base, material.steps, mesh, console, statistics)
+    base, first, models = begun.base, begun.first, begun.models
+    assemble.check_tasks(first.trainable, material.prepared.train, material.prepared.held_out)
     asked = answers.chosen(config, material.prepared.held_out, material.prepared.asked, base)
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
-    base, frozen = job_.handed_over(base, parts.frozen, how.unroll)
-    beforehand = others_.Beforehand(config, base, dtype, how, console)
-    models: step.Frozen = step.Models(frozen, others_.handed_over(others, how.unroll)) if others else frozen
-    changed = parts.changed
-    del parts, fisher  # the state holds its own copy of what is trained
+    beforehand = others_.Beforehand(config, base, begun.dtype, begun.how, console)
 
     objective, settings = assemble.objective(config, material.prepared.train), config.objective.value
-    eval_step = step.make_eval_step(objective, settings, score)
+    eval_step = step.make_eval_step(objective, settings, begun.score)
     if material.held_out is not None:
         batch = prefetch.split(others_.stand_in(config, material.train.batch(0)), config.train.accumulate)
         job_.refuse_metric(config, jax.eval_shape(eval_step, first.trainable, first.start, models, batch, first.carry))
@@ -141,21 +132,18 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
         job_.refuse_metric(config)
 
     def begin(folder: Path) -> tuple[Any, list[Evaluator]]:
-        data = beforehand.material(material, tree.combine(first.trainable, frozen), folder, others)
+        data = beforehand.material(material, tree.combine(first.trainable, begun.frozen), folder, begun.others)
         found = []
         if data.held_out is not None:
             place, accumulate = mesh_.placer(mesh), config.train.accumulate
             found += [evaluate.held_out(eval_step, models, data.held_out, place, config.eval, accumulate)]
         if general is not None:
-            found += [forgetting.evaluator(config, general, base, dtype, how, frozen)]
+            found += [forgetting.evaluator(config, general, base, begun.dtype, begun.how, begun.frozen)]
         if asked:
-            found += [answers.evaluator(config, asked, base, dtype, how, frozen, folder)]
+            found += [answers.evaluator(config, asked, base, begun.dtype, begun.how, begun.frozen, folder)]
         return data.train, found
 
-    def finish(result: Result, trained: tree.Params, folder: Path) -> int:
-        written = job_.write(config, base, tree.combine(trained, frozen), changed, str(dtype), folder)
-        summary.show(console, config, result, folder, written)
-        return 0
-
-    run = step.make_step(objective, settings, score, optimizer, job_.shardings(places, models, mesh), hooks)
-    return Job(run, first, models, record, optimizer, flops, begin, finish)
+    shardings = job_.shardings(begun.places, models, mesh)
+    run = step.make_step(objective, settings, begun.score, begun.optimizer, shardings, begun.hooks)
+    finish = single.finisher(config, begun, console)
+    return Job(run, first, models, begun.record, begun.optimizer, begun.flops, begin, finish)

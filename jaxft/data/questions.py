@@ -20,7 +20,7 @@ from jaxft.data.prompts import Prompt
 from jaxft.data.prompts import prompts as prompts_
 from jaxft.data.records import SKIP, Row
 
-TAKEN = ("prompts", "completions", "completion_ids", "finished")
+TAKEN = ("prompts", "completions", "completion_ids", "finished", "trainer_state", "log_metric", "log_extra")
 """What reward functions are given under these names is no column of the data."""
 
 
@@ -102,8 +102,7 @@ def _told(rows: list[Row], written: str, config: DataConfig, tokenizer: Any, roo
             raise DataError(row.where, "prompt", got, f"at most {room:,}, with room for a completion", remedy)
         columns = _columns(row, written)
         answer = _answer(row.fields) if not written else prompt.answer
-        if written:
-            columns = {"answer": prompt.answer, **columns}
+        columns = {"answer": answer, **columns} if answer else columns
         found.append(dataclasses.replace(prompt, answer=answer, columns=columns))
     return found
 

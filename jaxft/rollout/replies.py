@@ -25,6 +25,8 @@ class Reply:
     text: str
     finished: bool
     """Whether it ended by itself, rather than at ``max_new_tokens``."""
+    tokens: tuple[int, ...] = ()
+    """With the one that ended it."""
 
     @property
     def exact(self) -> bool:
@@ -53,7 +55,7 @@ def replies(
         config, params, rows, settings, end, execution=execution, adapters=adapters, tasks=tasks if any(tasks) else None
     )
     return [
-        Reply(prompt, spoken(tokenizer, completion.tokens, end), completion.finished)
+        Reply(prompt, spoken(tokenizer, completion.tokens, end), completion.finished, tuple(completion.tokens))
         for prompt, completion in zip(prompts, made, strict=True)
     ]
 

@@ -63,8 +63,11 @@ class EvalConfig:
     """Held-out prompts answered at each evaluation, written to the run's samples. 0: none."""
     exact_match: int = 0
     """Held-out prompts answered greedily at each evaluation and compared with the data's answers: ``exact_match``."""
+    rewards: int = 64
+    """Of a run on rollouts: held-out prompts answered greedily at each evaluation and judged: ``reward``."""
     metric: str = "loss"
-    """What decides which checkpoint is best, and early stopping: loss, perplexity, mean_token_accuracy, ..."""
+    """What decides which checkpoint is best, and early stopping: loss, perplexity, mean_token_accuracy, ... A run on
+    rollouts has no held-out loss; there loss stands for reward, of which more is better."""
     goal: Literal["min", "max"] = "min"
     """Whether a lower or a higher metric is better."""
     patience: int | None = None
@@ -75,7 +78,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for field in ("every", "batches", "patience"):
             _refuse(self, "eval", field, lambda value: value >= 1, "at least 1, or null")
-        for field in ("samples", "exact_match", "min_delta"):
+        for field in ("samples", "exact_match", "rewards", "min_delta"):
             _refuse(self, "eval", field, lambda value: value >= 0, "at least 0")
 
 

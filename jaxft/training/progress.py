@@ -70,6 +70,8 @@ def _lines(total: int, out: TextIO) -> Progress:
 def facts(metrics: Mapping[str, float]) -> str:
     """The few numbers worth watching, in one line; what is not known is left out."""
     parts = [f"loss {metrics['loss']:.4f}", f"lr {metrics['learning_rate']:.2e}"]
+    if "reward" in metrics:
+        parts.append(f"reward {metrics['reward']:.3f}")
     if "tokens_per_second" in metrics:
         parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     if "mfu" in metrics:

@@ -37,7 +37,7 @@ def test_a_prompt_keeps_every_other_column_of_its_row(tokenizer, tmp_path):
     assert [prompt.answer for prompt in made.train] == ["5", "2"] and made.columns == ("answer", "tests")
     assert made.train[0].given == ask("Add 2 and 3") and "Add 2 and 3" in made.train[0].text
     plain = questions.prepare(DataConfig(path=written(tmp_path, rows[2])), tokenizer, 64).train[0]
-    assert (plain.text, plain.answer, plain.columns) == ("1 + 1 =", "2", {"completion": "2"})
+    assert (plain.text, plain.answer, plain.columns) == ("1 + 1 =", "2", {"answer": "2", "completion": "2"})
 
 
 def test_the_last_turn_of_a_chat_is_the_answer(tokenizer, tmp_path):

@@ -1,0 +1,296 @@
+"""What `jaxft train` does for objectives on what the policy writes: prompts instead of examples, a source of rollouts
+instead of a loader, rewards beside the answers to held-out prompts."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from jaxft import peft, rewards
+from jaxft.border.errors import ConfigError
+from jaxft.cli import answers, assemble, forgetting, samples, single
+from jaxft.cli import job as job_
+from jaxft.cli.job import Job
+from jaxft.config import RunConfig
+from jaxft.core import tree
+from jaxft.data import DataConfig, Prompt, questions
+from jaxft.data.questions import Questions
+from jaxft.model import Model
+from jaxft.objectives import OBJECTIVES
+from jaxft.objectives.terms import Objective
+from jaxft.rollout import policy, replies
+from jaxft.rollout.config import RolloutConfig
+from jaxft.rollout.source import Rewards, Rows, Said, Source, combined
+from jaxft.sharding import mesh as mesh_
+from jaxft.training import loop, prefetch, step
+from jaxft.training.evaluate import Evaluator
+from jaxft.training.state import TrainState
+
+SHOWN_REPORTS = 3
+UNUSED = {
+    "packing": "a rollout's sequences are padded to one width",
+    "overlong": "a prompt that is too long is a bad row (data.on_error)",
+    "loss_on": "the completion is what is learnt",
+    "cache": "prompts are not kept on disk",
+    "prompts": "prompt templates are not told to rollouts yet",
+}
+"""Keys of `data` that say nothing about prompts, and why; only where they are set to something that would."""
+LEFT = {"packing": ("best_fit", "none")}
+
+
+def wanted(config: RunConfig) -> bool:
+    """Whether the run learns from what its policy writes."""
+    return _objective(config).rows == "rollout"
+
+
+def _objective(config: RunConfig) -> Objective:
+    return OBJECTIVES[config.objective.name]
+
+
+def check(config: RunConfig) -> None:
+    """Raises ConfigError where the sections `rollout` and `rewards` do not fit the rest, before anything is read."""
+    name, section = config.objective.name, config.rollout
+    if not wanted(config):
+        for key, given in (("rollout", section != RolloutConfig()), ("rewards", bool(config.rewards))):
+            if given:
+                raise ConfigError(f"`{key}`: objective {name} learns from data and not from rollouts; leave it out")
+        return
+    if not config.rewards:
+        known = ", ".join(rewards.REWARDS)
+        raise ConfigError(
+            f"`rewards` must be given: objective {name} learns from what reward functions say of completions; a list "
+            f"such as [{{name: math}}] (there are {known}), or [{{function: file.py:name}}]"
+        )
+    if config.sweep:
+        raise ConfigError(f"`sweep`: members with rollouts of their own are not there yet; train {name} one by one")
+    if config.mesh.distributed:
+        raise ConfigError("`mesh.distributed`: rollouts on several hosts are not there yet; use the devices of one")
+    rows = config.train.batch * config.train.accumulate
+    if section.sequences % rows:
+        raise ConfigError(
+            f"`rollout`: {section.prompts} prompts x {section.samples} samples are {section.sequences} completions; "
+            f"expected a multiple of the {rows} rows of a step (train.batch {config.train.batch} x train.accumulate "
+            f"{config.train.accumulate})"
+        )
+    if room(config) < 1:
+        raise ConfigError(
+            f"`data.max_length`: got {config.data.max_length} for a prompt and its completion, of which "
+            f"rollout.max_new_tokens takes {section.max_new_tokens}; raise it, or lower that"
+        )
+    usual = DataConfig()
+    for key, why in UNUSED.items():
+        got = getattr(config.data, key)
+        if got not in LEFT.get(key, (getattr(usual, key),)):
+            raise ConfigError(f"`data.{key}`: got {got}, for objective {name}: {why}; leave it out")
+    if config.reference.precompute:
+        raise ConfigError("`reference.precompute`: what a policy will write is not known beforehand; leave it out")
+    for method in [choice.value for choice in config.peft]:
+        if peft.method_of(method).calibrate(method) is not None:
+            raise ConfigError("`peft.init`: it begins from training data, and a run on rollouts has prompts alone")
+    if config.eval.batches is not None and config.eval.general is None:
+        raise ConfigError("`eval.batches`: held-out prompts are counted by eval.rewards and eval.exact_match")
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The config with what `eval.metric: loss` means for a policy that has no held-out loss."""
+    if not wanted(config) or config.eval.metric != "loss":
+        return config
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, metric="reward", goal="max"))
+
+
+def room(config: RunConfig) -> int:
+    """Tokens that a prompt may have."""
+    return config.data.max_length - config.rollout.max_new_tokens - assemble.virtual(config).get("prompt", 0)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The training data of such a run, as far as others ask about them."""
+
+    questions: Questions
+    config: RunConfig
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Steps in one pass over the prompts; more of them with dynamic sampling."""
+        section, rows = self.config.rollout, self.config.train.batch * self.config.train.accumulate
+        return -(-len(self.questions.train) // section.prompts) * section.epochs * section.sequences // rows
+
+    def report(self) -> "Asking":
+        """Tells of itself."""
+        return self
+
+    def lines(self) -> list[str]:
+        """The prompts in words."""
+        found, section = self.questions, self.config.rollout
+        lengths = [len(prompt.tokens) for prompt in found.train]
+        held = "" if found.held_out is None else f", {len(found.held_out):,} held out"
+        columns = ", ".join(found.columns) or "none"
+        return [
+            f"{len(found.train):,} prompts of {min(lengths)} to {max(lengths)} tokens{held}; columns: {columns}",
+            f"a rollout: {section.prompts} prompts x {section.samples} completions",
+            *([f"{found.skipped:,} bad rows skipped"] if found.skipped else []),
+        ]
+
+
+@dataclass(frozen=True)
+class Material:
+    """See `job.Material`."""
+
+    train: Asking
+    steps: int
+
+
+def material(config: RunConfig, base: Model) -> Material:
+    """Reads the prompts."""
+    longest = room(config)
+    if base.config.learned_positions:
+        slots = sum(assemble.virtual(config).values())
+        longest = min(longest, base.config.max_positions - config.rollout.max_new_tokens - slots)
+    found = Asking(questions.prepare(config.data, base.tokenizer, longest), config)
+    return Material(found, loop.total_steps(config.train, found.batches_per_epoch))
+
+
+def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, console: Console) -> Job:
+    """A single run on rollouts."""
+    begun = single.begin(config, base, material.steps, mesh, console, {})
+    base, asked = begun.base, material.train.questions
+    objective, settings = _objective(config), config.objective.value
+    functions = rewards.made(rewards.REWARDS, [(choice.name, choice.value) for choice in config.rewards])
+    end = answers.ends(config, base)
+    judge = Judge(functions, base.tokenizer, end, asked.columns, console)
+    general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
+    held = held_out(config, asked, base)
+    if held or general is not None:
+        _refuse_metric(config, judge.rewards.names, bool(held))
+    pad = base.tokenizer.eos_token_id if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id
+    rows = Rows(
+        config.train.batch * config.train.accumulate,
+        pad,
+        assemble.virtual(config).get("prompt", 0),
+        config.data.length_multiple,
+    )
+    sample = policy.sampler(config.rollout, base.config, begun.frozen, dtype=begun.dtype, end=end, execution=begun.how)
+    annotate = policy.annotator(
+        begun.score,
+        objective.asked(settings).rollout_needs,
+        functools.partial(objective.estimate, settings),  # type: ignore[arg-type]
+        begun.frozen,
+        others=begun.views,
+        place=mesh_.placer(mesh),
+        rows=config.train.batch,
+    )
+
+    def begin(folder: Path) -> tuple[Any, list[Evaluator]]:
+        source = Source(
+            config.rollout, asked, judge.rewards, sample, annotate, rows,
+            running={name: float(value) for name, value in objective.running(settings).items()},
+            seed=config.data.seed, shuffle=config.data.shuffle, table=samples.Samples(folder),
+        )  # fmt: skip
+        found = []
+        if general is not None:
+            found += [forgetting.evaluator(config, general, base, begun.dtype, begun.how, begun.frozen)]
+        if held:
+            found += [evaluator(config, held, begun, judge, folder)]
+        return source, found
+
+    shardings = job_.shardings(begun.places, begun.models, mesh)
+    run = step.make_step(objective, settings, begun.score, begun.optimizer, shardings, begun.hooks)
+    finish = single.finisher(config, begun, console)
+    about = (begun.record, begun.optimizer, begun.flops)
+    return Job(run, begun.first, begun.models, *about, begin, finish, feed=prefetch.as_asked)
+
+
+class Judge:
+    """The reward functions of a run, and how completions come to them; what goes wrong there is said."""
+
+    def __init__(
+        self,
+        functions: Sequence[rewards.Asked],
+        tokenizer: Any,
+        end: Sequence[int],
+        columns: Sequence[str],
+        console: Console,
+    ):
+        self.functions, self.tokenizer, self.end, self.columns, self.console = (
+            functions,
+            tokenizer,
+            end,
+            columns,
+            console,
+        )
+        names, weights = tuple(one.name for one in functions), tuple(one.weight for one in functions)
+        self.rewards = Rewards(names, weights, self.completions)
+
+    def completions(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> Said:
+        """Of completions in tokens."""
+        texts = [replies.spoken(self.tokenizer, completion.tokens, self.end) for completion in made]
+        return self.texts(prompts, texts, [list(c.tokens) for c in made], [c.finished for c in made])
+
+    def texts(self, prompts: Sequence[Prompt], texts: list[str], ids: list[list[int]], finished: list[bool]) -> Said:
+        """Of completions in text."""
+        columns: dict[str, list[Any]] = {n: [prompt.columns.get(n) for prompt in prompts] for n in self.columns}
+        columns |= {"completion_ids": ids, "finished": finished}
+        judged = rewards.call(self.functions, [prompt.given for prompt in prompts], texts, columns)
+        beside: list[dict[str, Any]] = [
+            {name: values[i] for name, values in judged.extras.items()} for i in range(len(texts))
+        ]
+        for report in judged.reports:
+            if report.sample is not None:
+                beside[report.sample].setdefault("problems", []).append(f"{report.reward}: {report.problem}")
+        for report in judged.reports[:SHOWN_REPORTS]:
+            self.console.print(str(report), markup=False)
+        if (more := len(judged.reports) - SHOWN_REPORTS) > 0:
+            self.console.print(f"... and {more} more that rewards failed on")
+        return Said(texts, judged.values, beside, judged.metrics)
+
+
+def held_out(config: RunConfig, asked: Questions, base: Model) -> list[Prompt]:
+    """The held-out prompts that an evaluation answers. Raises ConfigError where exact match has nothing to compare."""
+    count = max(config.eval.samples, config.eval.exact_match, config.eval.rewards)
+    found = (asked.held_out or [])[:count]
+    without = [prompt.where for prompt in found[: config.eval.exact_match] if not prompt.answer]
+    if without:
+        raise ConfigError(f"`eval.exact_match`: {without[0]} has no `answer` to compare with; leave it out")
+    return found
+
+
+def evaluator(
+    config: RunConfig, prompts: Sequence[Prompt], begun: single.Begun, judge: Judge, folder: Path
+) -> Evaluator:
+    """``(step, state) -> metrics`` of greedy answers: ``exact_match`` (if asked for), ``reward``, the weighted sum of
+    all rewards, and ``rewards/NAME``; the first answers are appended to the run's samples."""
+
+    def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
+        params = tree.cast(policy.actor(tree.combine(state.trainable, begun.frozen)), begun.dtype)
+        said = answers.ask(config, params, prompts, begun.base, begun.how)
+        values = answers.tell(config, folder, step, said, begun.base.tokenizer)
+        judged = said[: config.eval.rewards]
+        if not judged:
+            return values
+        found = judge.texts(
+            [r.prompt for r in judged], [r.text for r in judged], [list(r.tokens) for r in judged],
+            [r.finished for r in judged],
+        ).values  # fmt: skip
+        total = combined(found, judge.rewards.weights)
+        each = {f"rewards/{name}": found[:, i] for i, name in enumerate(judge.rewards.names)}
+        known = {name: of for name, of in ({"reward": total} | each).items() if not np.isnan(of).all()}
+        return values | {name: float(np.nanmean(of)) for name, of in known.items()}
+
+    return evaluate
+
+
+def _refuse_metric(config: RunConfig, names: Sequence[str], held: bool) -> None:
+    """Raises ConfigError for an `eval.metric` that the run will not evaluate."""
+    known = list(forgetting.METRICS) if config.eval.general is not None else []
+    if held:
+        known += ["exact_match"] if config.eval.exact_match else []
+        known += ["reward", *(f"rewards/{name}" for name in names)] if config.eval.rewards else []
+    if known and config.eval.metric not in known:
+        raise ConfigError(f"`eval.metric`: got {config.eval.metric!r}; this run evaluates {', '.join(sorted(known))}")

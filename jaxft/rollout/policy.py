@@ -1,0 +1,117 @@
+"""What a source of rollouts asks of the policy: completions as it writes them now, and the trainer's scores of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.core import tree
+from jaxft.data.prompts import Prompt
+from jaxft.models.config import ModelConfig
+from jaxft.models.decoder import Execution
+from jaxft.objectives import terms
+from jaxft.objectives.terms import Batch, Carry, Means
+from jaxft.rollout import generate
+from jaxft.rollout.config import RolloutConfig
+from jaxft.rollout.generate import Completion, GenerateConfig
+from jaxft.rollout.score import Score
+
+SCORED = ("tokens", "positions", "segments", "task_ids")
+Sampler = Callable[[Any, Sequence[Prompt], int], list[Completion]]
+"""``(state, prompts, seed) -> completions``, those of one prompt after each other."""
+Annotator = Callable[
+    [Any, Mapping[str, np.ndarray], Mapping[str, float]],
+    tuple[dict[str, np.ndarray], dict[str, float], dict[str, float]],
+]
+"""``(state, rollout, running) -> (arrays to add, metrics, the next running quantities)``."""
+
+
+def actor(params: tree.Params) -> tree.Params:
+    """The policy's parameters without those of its value model."""
+    return {name: part for name, part in params.items() if name != terms.CRITIC}
+
+
+def sampler(
+    config: RolloutConfig,
+    model: ModelConfig,
+    base: tree.Params,
+    *,
+    dtype: Any,
+    end: Sequence[int],
+    execution: Execution,
+) -> Sampler:
+    """Completions of the policy whose trained arrays are the state's, on frozen ``base``."""
+
+    def sample(state: Any, prompts: Sequence[Prompt], seed: int) -> list[Completion]:
+        params = tree.cast(actor(tree.combine(state.trainable, base)), dtype)
+        settings = GenerateConfig(
+            config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, config.batch
+        )
+        asked = [prompt.tokens for prompt in prompts for _ in range(config.samples)]
+        tasks = [prompt.task for prompt in prompts for _ in range(config.samples)]
+        given = tasks if any(tasks) else None
+        return generate.generate(model, params, asked, settings, end, execution=execution, tasks=given)
+
+    return sample
+
+
+def annotator(
+    score: Score,
+    needs: Sequence[str],
+    estimate: Callable[[Batch, Carry], tuple[Mapping[str, jax.Array], Means, Carry]],
+    base: tree.Params,
+    *,
+    others: Mapping[str, tree.Params],
+    place: Callable[[Mapping[str, np.ndarray]], Mapping[str, jax.Array]],
+    rows: int,
+) -> Annotator:
+    """Scores a rollout (`Objective.rollout_needs`) as the trainer does, and estimates what rewards say of its tokens.
+
+    Args:
+      score: that of the step.
+      estimate: `Objective.estimate` with its settings.
+      others: models besides the one that trains, by view; a ``reference`` takes the place of the policy's start.
+      place: puts arrays [micro-batches, rows, T] on the device or mesh.
+      rows: those of a micro-batch; must divide the rollout's.
+    """
+
+    @jax.jit
+    def scored(
+        trainable: tree.Params, start: Any, base: tree.Params, others: Any, batch: Batch
+    ) -> dict[str, jax.Array]:
+        params = tree.combine(trainable, base)
+
+        def one(micro: Batch) -> dict[str, jax.Array]:
+            found = {}
+            if "old_logp" in needs:
+                found["old_logp"] = score("policy", actor(params), micro)["logp"]
+            if "ref_logp" in needs:
+                own = others["reference"] if "reference" in others else actor(tree.combine(start, base))
+                found["ref_logp"] = score("reference", own, micro)["logp"]
+            if "value" in needs:
+                found["value"] = score("value", params[terms.CRITIC], micro)["value"]
+            return found
+
+        return jax.lax.map(one, batch)
+
+    @jax.jit
+    def estimated(rollout: Batch, running: Carry) -> Any:
+        return estimate(rollout, running)
+
+    def annotate(
+        state: Any, rollout: Mapping[str, np.ndarray], running: Mapping[str, float]
+    ) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, float]]:
+        known = {}
+        if needs:
+            count = rollout["tokens"].shape[0] // rows
+            micro = {n: rollout[n].reshape(count, rows, *rollout[n].shape[1:]) for n in SCORED if n in rollout}
+            found = jax.device_get(scored(state.trainable, state.start, base, dict(others), place(micro)))
+            known = {name: value.reshape(-1, *value.shape[2:]) for name, value in found.items()}
+        before = {name: np.float32(value) for name, value in running.items()}
+        added, means, after = jax.device_get(estimated({**rollout, **known}, before))
+        # what has no weight is not known
+        metrics = {name: float(mean.total / mean.weight) for name, mean in means.items() if mean.weight > 0}
+        return {**known, **added}, metrics, {name: float(value) for name, value in after.items()}
+
+    return annotate
