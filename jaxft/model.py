@@ -126,21 +126,31 @@ class Model:
         temperature: float = 0.7,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        samples: int = 1,
         seed: int = 0,
         task: int = 0,
         adapters: Sequence[int] | None = None,
     ) -> list[str]:
-        """One completion for each prompt: a text to be continued, or a chat's messages to be answered.
+        """``samples`` completions of each prompt: a text to be continued, or a chat's messages to be answered.
 
-        ``temperature`` 0 is greedy. The same seed gives the same texts. ``task`` chooses a multitask prompt's.
+        ``temperature`` 0 is greedy. ``stop``: texts that end a completion and are no part of it. The same seed gives
+        the same texts. ``task`` chooses a multitask prompt's.
         ``adapters``: of stacked adapters (`stack_adapters`), the one that each prompt uses; -1 is the base. Raises
         ValueError without a tokenizer."""
         if isinstance(prompts, str):
             raise TypeError(f"prompts: got one string; expected a list of them, such as [{prompts[:20]!r}]")
-        settings = GenerateConfig(max_new_tokens, temperature, top_k, top_p, seed)
+        settings = GenerateConfig(
+            max_new_tokens, temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty,
+            stop=tuple(stop),
+        )  # fmt: skip
         rows, tasks = [self._encode(p) for p in prompts], [task] * len(prompts) if task else None
-        made = generate.generate(self.config, params, rows, settings, self.ends, tasks=tasks, adapters=adapters)
-        return [self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made]
+        how = {"tasks": tasks, "adapters": adapters, "samples": samples, "tokenizer": self.tokenizer}
+        made = generate.generate(self.config, params, rows, settings, self.ends, **how)
+        said = (self.tokenizer.decode(completion.tokens, skip_special_tokens=True) for completion in made)
+        return [generate.cut(text, settings.stop) for text in said]
 
     def _encode(self, prompt: str | list[dict[str, Any]]) -> list[int]:
         if self.tokenizer is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from jaxft.cli import prompting, target
 from jaxft.cli.prompting import Message, Speaker
-from jaxft.rollout import generate
+from jaxft.rollout import generate, replies
 from jaxft.rollout.generate import GenerateConfig
 
 HELP = "/reset: forget the conversation   /system TEXT: set the system message   /quit, or Ctrl-D: leave"
@@ -75,11 +75,12 @@ def pieces(speaker: Speaker, messages: list[Message], settings: GenerateConfig) 
     """The reply's text in pieces, each as soon as its characters are whole."""
     tokens, said = list[int](), ""
     prompt = speaker.chat(messages)
-    for token in generate.stream(speaker.model.config, speaker.params, prompt, settings, speaker.end):
+    given = (speaker.model.config, speaker.params, prompt, settings, speaker.end)
+    for token in generate.stream(*given, tokenizer=speaker.tokenizer):
         if token in speaker.end:
             break
         tokens.append(token)
-        text = speaker.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = replies.spoken(speaker.tokenizer, tokens, speaker.end, settings.stop)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several tokens is not all there yet
             yield text[len(said) :]
             said = text

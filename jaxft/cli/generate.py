@@ -30,9 +30,11 @@ def command(args: argparse.Namespace) -> int:
         speaker.raw(prompt) if args.raw else speaker.chat([*system, {"role": "user", "content": prompt}])
         for prompt in prompts
     ]
-    made = generate.generate(speaker.model.config, speaker.params, rows, found.config.generate, speaker.end)
+    settings = found.config.generate
+    given = (speaker.model.config, speaker.params, rows, settings, speaker.end)
+    made = generate.generate(*given, tokenizer=speaker.tokenizer)
     for prompt, completion in zip(prompts, made, strict=True):
-        text = replies.spoken(speaker.tokenizer, completion.tokens, speaker.end)
+        text = replies.spoken(speaker.tokenizer, completion.tokens, speaker.end, settings.stop)
         if args.json:
             print(
                 json.dumps({"prompt": prompt, "completion": text, "finished": completion.finished}, ensure_ascii=False)

@@ -125,14 +125,15 @@ def _answered(found: Target, speaker: Speaker, prompt: Prompt, count: int) -> di
     """The prompt with answers that differ, in an order that says nothing of how they came about."""
     settings, seed = found.config.generate, int(judgements.identity(prompt.given)[:7], 16)
     answers: dict[str, dict[str, Any]] = {}
-    tasks = [prompt.task] * count if prompt.task else None
+    tasks = [prompt.task] if prompt.task else None
     for turn in range(TRIES):
         own = dataclasses.replace(settings, seed=(settings.seed + seed + turn) % 2**31, batch=count)
         made = generate.generate(
-            speaker.model.config, speaker.params, [prompt.tokens] * count, own, speaker.end, tasks=tasks
-        )
+            speaker.model.config, speaker.params, [prompt.tokens], own, speaker.end,
+            tasks=tasks, samples=count, tokenizer=speaker.tokenizer,
+        )  # fmt: skip
         for completion in made:
-            text = replies.spoken(speaker.tokenizer, completion.tokens, speaker.end)
+            text = replies.spoken(speaker.tokenizer, completion.tokens, speaker.end, settings.stop)
             if text.strip() and len(answers) < count:
                 answers.setdefault(text.strip(), {"text": text, "finished": completion.finished})
         if len(answers) > 1:

@@ -209,16 +209,18 @@ def _answered(
         settings = dataclasses.replace(
             config.generate, batch=batch * count, seed=(config.generate.seed * 1_000_003 + begin) % 2**31
         )
-        asked = [prompt.tokens for prompt in part for _ in range(count)]
-        tasks = [prompt.task for prompt in part for _ in range(count)]
+        asked, tasks = [prompt.tokens for prompt in part], [prompt.task for prompt in part]
         made = generate.generate(
             speaker.model.config, speaker.params, asked, settings, speaker.end,
-            execution=how, tasks=tasks if any(tasks) else None,
+            execution=how, tasks=tasks if any(tasks) else None, samples=count, tokenizer=speaker.tokenizer,
         )  # fmt: skip
         records = []
         for number, prompt in enumerate(part):
             own = made[number * count : (number + 1) * count]
-            samples = [Sample(spoken(speaker, c.tokens, config.verify.tags), len(c.tokens), c.finished) for c in own]
+            samples = [
+                Sample(spoken(speaker, c.tokens, config.verify.tags, settings.stop), len(c.tokens), c.finished)
+                for c in own
+            ]
             records.append(_record(config, prompt, samples, columns, judge))
         yield records[max(0, done - begin) :]
 
@@ -271,7 +273,7 @@ def training_rows(config: TeachConfig, record: Mapping[str, Any]) -> list[dict[s
     return found
 
 
-def spoken(speaker: Speaker, tokens: Sequence[int], tags: Sequence[str]) -> str:
+def spoken(speaker: Speaker, tokens: Sequence[int], tags: Sequence[str], stop: Sequence[str] = ()) -> str:
     """The text of a completion without its end and without special tokens, but with tags of reasoning that are such."""
     kept = [*tokens[:-1]] if tokens and tokens[-1] in speaker.end else [*tokens]
     special = {i: tag for tag in tags for i in [speaker.tokenizer.convert_tokens_to_ids(tag)] if i in _special(speaker)}
@@ -281,7 +283,7 @@ def spoken(speaker: Speaker, tokens: Sequence[int], tags: Sequence[str]) -> str:
             options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
             pieces += [speaker.tokenizer.decode(kept[begin:at], **options), "" if token is None else special[token]]
             begin = at + 1
-    return "".join(pieces)
+    return generate.cut("".join(pieces), stop)
 
 
 def _special(speaker: Speaker) -> set[int]:

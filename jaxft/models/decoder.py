@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.core import indexed, tree, verbs
 from jaxft.core.weight import Split
-from jaxft.models import attention, cache, rope, slots, unfold
+from jaxft.models import attention, attention_paged, cache, rope, slots, unfold
 from jaxft.models.cache import Cache
 from jaxft.models.config import Layer, ModelConfig
 from jaxft.models.mlp import mlp
@@ -75,8 +75,9 @@ def forward(
 
     ``positions`` int32[B, T] restart in each document (the default); ``segments`` int32[B, T] number the documents
     of a row from 1, 0 is padding; None promises one document per row with any padding on the right. With a cache the
-    T tokens follow what it holds. ``capture``: what is also returned, by name: ``layers``, every layer's output [L, B,
-    T, D], or ``layers/3``, that of one (from 0), [B, T, D].
+    tokens are added to what it holds of their rows, at their positions: one document a row, padding (segment 0) on the
+    right and not kept. ``capture``: what is also returned, by name: ``layers``, every layer's output [L, B, T, D], or
+    ``layers/3``, that of one (from 0), [B, T, D].
     ``noise`` is added to the embeddings of tokens (NEFTune). With a prompt of n rows in ``params``, positions 0..n-1 of
     each document are the prompt's, whatever their tokens; with neither segments nor cache they are added here, and
     only the T given ones returned. ``tasks`` int32[B, T]: the task of each token's document, for a multitask prompt.
@@ -198,17 +199,25 @@ class _Context:
     ):
         self.config, self.execution, self.shared = config, execution, shared
         self.tables = [rope.table(r, positions_BT) for r in config.ropes]
-        if cached is not None and segments_BT is None:
-            segments_BT = jnp.ones_like(positions_BT)
         if shared is not None:
             positions_BT, segments_BT = unfold.whole(positions_BT, shared), shared.segments
-        self.positions_BT, self.segments_BT = positions_BT, segments_BT
-        self.k_positions_BS, self.k_segments_BS = positions_BT, segments_BT
-        self.cache, self.index = cached, jnp.int32(0)
-        if cached is not None and segments_BT is not None:
-            self.index = cached["index"]
-            self.cache = cache.advance(cached, positions_BT, segments_BT)
-            self.k_positions_BS, self.k_segments_BS = self.cache["positions"], self.cache["segments"]
+        self.positions_BT, self.segments_BT, self.cache = positions_BT, segments_BT, cached
+
+    @property
+    def kept_BT(self) -> jax.Array:
+        """bool[B, T]: the token is one, and no padding."""
+        segments_BT = self.segments_BT
+        return jnp.ones(self.positions_BT.shape, bool) if segments_BT is None else segments_BT > 0
+
+
+def unrolls(config: ModelConfig, params: tree.Params, execution: Execution) -> bool:
+    """Whether the layers are a Python loop, rather than a scan."""
+    return _unrolls(config, params["layers"], execution)
+
+
+def _unrolls(config: ModelConfig, stack: tree.Params, execution: Execution) -> bool:
+    split = any(isinstance(a, Split) for a in jax.tree.leaves(stack, is_leaf=lambda a: isinstance(a, Split)))
+    return execution.unroll or split or config.period == config.num_layers  # a loop of one turn is none
 
 
 def _layers(
@@ -216,8 +225,7 @@ def _layers(
 ) -> tuple[jax.Array, Cache | None, Any]:
     """All layers, scanned by period or unrolled: (x, cache, outputs[len(capture), B, T, D] or None)."""
     config, execution = context.config, context.execution
-    split = any(isinstance(a, Split) for a in jax.tree.leaves(stack, is_leaf=lambda a: isinstance(a, Split)))
-    unroll = execution.unroll or split or config.period == config.num_layers  # a loop of one turn is none
+    unroll = _unrolls(config, stack, execution)
 
     def one(kind: Layer):
         def body(x, p, cached, i):
@@ -331,28 +339,46 @@ def _attend(
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(a, n) for a, n in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v")))
     if context.shared is not None:
         q_BTNH, k_BTKH, v_BTKH = (unfold.whole(a, context.shared) for a in (q_BTNH, k_BTKH, v_BTKH))
-    k_BSKH, v_BSKH = k_BTKH, v_BTKH
-    if cached is not None:
-        cached = cache.write(cached, i, context.index, k_BTKH, v_BTKH)
-        k_BSKH, v_BSKH = cache.read(cached, i)
-    o_BTNH = attention.attention(
-        q_BTNH,
-        k_BSKH.astype(q_BTNH.dtype),
-        v_BSKH.astype(q_BTNH.dtype),
-        q_positions_BT=context.positions_BT,
-        k_positions_BS=context.k_positions_BS,
-        q_segments_BT=context.segments_BT,
-        k_segments_BS=context.k_segments_BS,
-        scale=kind.score_scale * (config.head_dim**-0.5 if config.attn_scale is None else config.attn_scale),
-        window=kind.window,
-        softcap=config.attn_softcap,
-        backend=context.execution.backend,
-        mesh=context.execution.mesh,
-        prefix=None if prefix is None else (prefix[0], prefix[1]),
-    )
+    scale = kind.score_scale * (config.head_dim**-0.5 if config.attn_scale is None else config.attn_scale)
+    if cached is not None and not cached.fresh:
+        scores = attention_paged.Scores(scale, kind.window, config.attn_softcap)
+        given = (q_BTNH, k_BTKH, v_BTKH, context.positions_BT, context.kept_BT)
+        o_BTNH, cached = attention_paged.attend(cached, i, *given, scores, context.execution.mesh)
+    else:
+        if cached is not None:
+            cached = _remembered(context, cached, i, k_BTKH, v_BTKH, prefix)
+        segments_BT = context.segments_BT if cached is None else None  # fresh rows are padded on the right
+        o_BTNH = attention.attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            q_positions_BT=context.positions_BT,
+            k_positions_BS=context.positions_BT,
+            q_segments_BT=segments_BT,
+            k_segments_BS=segments_BT,
+            scale=scale,
+            window=kind.window,
+            softcap=config.attn_softcap,
+            backend=context.execution.backend,
+            mesh=context.execution.mesh,
+            prefix=None if prefix is None else (prefix[0], prefix[1]),
+        )
     if context.shared is not None:
         o_BTNH = unfold.back(o_BTNH, context.shared)
     return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ p["o"], cached
+
+
+def _remembered(
+    context: _Context, cached: Cache, i: Any, k_BTKH: jax.Array, v_BTKH: jax.Array, prefix: jax.Array | None
+) -> Cache:
+    """The cache of fresh rows with the tokens' keys and values of layer i, and before the first those of a prefix."""
+    if prefix is not None:
+        B, n = k_BTKH.shape[0], prefix.shape[1]
+        at_BP = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (B, n))
+        keep_BP = jnp.broadcast_to(jnp.any(context.kept_BT, axis=1, keepdims=True), (B, n))
+        each = (jnp.broadcast_to(a, (B, *a.shape)) for a in prefix)
+        cached = cache.write(cached, i, at_BP, keep_BP, *each)
+    return cache.write(cached, i, context.positions_BT, context.kept_BT, k_BTKH, v_BTKH)
 
 
 def _project(config: ModelConfig, p: tree.Params, x_BTD: jax.Array):

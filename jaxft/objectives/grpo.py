@@ -59,8 +59,8 @@ class GRPO:
     """Of several rewards: add them, then compare; or normalise each in its group, add, and normalise that (GDPO)."""
     mask_truncated_completions: bool = False
     """Whether completions that the limit cut off count nowhere."""
-    max_completion_length: int | None = None
-    """Tokens that dr_grpo divides by: those that a completion may have, as rollout.max_new_tokens says."""
+    max_completion_length: int = 512
+    """Tokens that dr_grpo divides by: those that a completion may have."""
     top_entropy_quantile: float = 1.0
     """Share of tokens, those where the policy was least sure, that have a gradient; .2 is usual."""
     entropy_coef: float = 0.0
@@ -129,8 +129,6 @@ def check(config: GRPO) -> None:
     if config.loss == "cispo" and (config.epsilon_high is None or config.epsilon is not None):
         name = "epsilon_high" if config.epsilon_high is None else "epsilon"
         refuse(name, "for cispo, which bounds the ratio from above alone, epsilon_high (such as 5) and no epsilon")
-    if (config.loss == "dr_grpo") != (config.max_completion_length is not None):
-        refuse("max_completion_length", "a number, such as rollout.max_new_tokens, for dr_grpo, and none for others")
     if not 0 <= config.top_entropy_quantile <= 1:
         refuse("top_entropy_quantile", "from 0 to 1")
     if config.entropy_coef_max < config.entropy_coef_min:
@@ -247,7 +245,7 @@ def averaged(config: GRPO, loss: jax.Array, batch: Batch) -> Mean:
         return terms.masked(sequences.means(loss, batch), exists)
     if config.loss in ("dr_grpo", "luspo"):
         mean = terms.masked(sequences.sums(loss, batch), exists)
-        return Mean(mean.total, mean.weight * (config.max_completion_length or 1))
+        return Mean(mean.total, mean.weight * (config.max_completion_length if config.loss == "dr_grpo" else 1.0))
     return terms.masked(loss, batch["loss_mask"])
 
 

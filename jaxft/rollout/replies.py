@@ -52,18 +52,24 @@ def replies(
     rows = [prompt.tokens for prompt in prompts]
     tasks = [prompt.task for prompt in prompts]
     made = generate.generate(
-        config, params, rows, settings, end, execution=execution, adapters=adapters, tasks=tasks if any(tasks) else None
-    )
+        config, params, rows, settings, end, execution=execution, adapters=adapters, tokenizer=tokenizer,
+        tasks=tasks if any(tasks) else None,
+    )  # fmt: skip
     return [
-        Reply(prompt, spoken(tokenizer, completion.tokens, end), completion.finished, tuple(completion.tokens))
+        Reply(
+            prompt,
+            spoken(tokenizer, completion.tokens, end, settings.stop),
+            completion.finished,
+            tuple(completion.tokens),
+        )
         for prompt, completion in zip(prompts, made, strict=True)
     ]
 
 
-def spoken(tokenizer: Any, tokens: Sequence[int], end: Sequence[int]) -> str:
-    """The text of a completion up to the token that ended it."""
+def spoken(tokenizer: Any, tokens: Sequence[int], end: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of a completion up to the token, or the text, that ended it."""
     kept = tokens[:-1] if tokens and tokens[-1] in end else tokens
-    return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return generate.cut(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False), stop)
 
 
 def ends(own: Sequence[int], render: template.Renderer | None, tokenizer: Any) -> list[int]:

@@ -13,7 +13,9 @@ import transformers
 
 from jaxft.checkpoint import hf
 from jaxft.core import tree
-from jaxft.models import cache, decoder, heads
+from jaxft.models import decoder, heads
+from jaxft.rollout import generate
+from jaxft.rollout.generate import GenerateConfig
 from jaxft.testing import jaxprs
 from tests.models import tiny
 
@@ -98,24 +100,11 @@ def test_greedy_continuation(name):
 
 
 def continuation(loaded: hf.Loaded, prompt: np.ndarray, mask: np.ndarray, steps: int) -> np.ndarray:
-    """The most likely next tokens, one by one: int32[B, steps]."""
-    config = loaded.config
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def step(params, held, tokens_BT, positions_BT, segments_BT):
-        hidden, held, _ = decoder.forward(config, params, tokens_BT, positions_BT, segments_BT, held)
-        last = heads.logits(config, heads.head_of(config, params), hidden[:, -1])
-        return jnp.argmax(last, -1).astype(jnp.int32)[:, None], held
-
-    positions = np.maximum(mask.cumsum(1) - 1, 0).astype(np.int32)
-    held = cache.create(config, len(prompt), prompt.shape[1] + steps, jnp.float32)
-    token, held = step(loaded.params, held, jnp.asarray(prompt), jnp.asarray(positions), jnp.asarray(mask))
-    found, position = [token], positions[:, -1:]
-    for _ in range(steps - 1):
-        position = position + 1
-        token, held = step(loaded.params, held, token, jnp.asarray(position), jnp.ones((len(prompt), 1), jnp.int32))
-        found.append(token)
-    return np.concatenate(found, 1)
+    """The most likely next tokens: int32[B, steps]."""
+    rows = [row[keep > 0].tolist() for row, keep in zip(prompt, mask, strict=True)]
+    settings = GenerateConfig(max_new_tokens=steps, temperature=0.0)
+    made = generate.generate(loaded.config, loaded.params, rows, settings, ())
+    return np.array([completion.tokens for completion in made], np.int32)
 
 
 EXECUTIONS = {

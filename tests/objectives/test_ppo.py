@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from jaxft.objectives import OBJECTIVES, PPO, ppo, terms
+from jaxft.objectives import OBJECTIVES, PPO, terms
 from tests.objectives import completions, written
 
 ROW = OBJECTIVES["ppo"]
@@ -141,12 +141,6 @@ def test_losses_and_gradients():
     }
     assert {n: float(x) for n, x in metrics.items()} == pytest.approx({n: x.item() for n, x in want.items()}, rel=1e-4)
     assert 0 < want["policy/clipfrac_avg"] < 1 and 0 < want["val/clipfrac_avg"] < 1
-
-
-def test_the_value_before_a_token_is_of_its_own_document():
-    """Two documents in a row, and padding."""
-    value, segments = jnp.array([[1.0, 2, 3, 4, 5, 6]]), jnp.array([[1, 1, 1, 2, 2, 0]])
-    np.testing.assert_array_equal(ppo.before(value, {"segments": segments}), [[0, 1, 2, 0, 4, 0]])
 
 
 def test_what_is_refused_and_asked_for():

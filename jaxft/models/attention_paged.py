@@ -1,0 +1,169 @@
+r"""Attention of one new token a row to the pages that hold what came before it.
+
+The work is reading the pages once, so each is read where it lies, by its number in the row's table: in a kernel on one
+GPU, and elsewhere by XLA from a copy. Long rows are divided, so that few rows too keep all multiprocessors busy; the
+parts are merged by their log-sum-exp (Flash-Decoding, Dao et al. 2023).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.models import attention_choice, attention_xla, cache
+from jaxft.models.attention_xla import HIDDEN
+from jaxft.models.cache import Cache
+
+ADDRESSED = 2**31
+"""Elements of an array that a kernel's 32-bit offsets reach."""
+
+PROGRAMS = 512
+"""Programs of the kernel that keep an H200 busy."""
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scores are made of products: `attention.attention`."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend(
+    cached: Cache, layer: Any, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array,
+    keep_BT: jax.Array, scores: Scores, mesh: Any = None,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """Adds T tokens a row at these positions to the row's pages, and gives their attention to all of them: [B, T, N,
+    H], and the cache.
+
+    ``keep`` bool[B, T]: tokens where it is False are not kept, see nothing and give 0."""
+    held, _ = cache.of_layer(cached.k, layer)
+    if q_BTNH.shape[1] == 1 and has_kernel(q_BTNH, held, mesh):
+        lengths_B = jnp.where(keep_BT[:, 0], positions_BT[:, 0] + 1, 0)
+        return _on_a_gpu(cached, layer, q_BTNH[:, 0], k_BTKH[:, 0], v_BTKH[:, 0], lengths_B, scores)
+    cached = cache.write(cached, layer, positions_BT, keep_BT, k_BTKH, v_BTKH)
+    k_BSKH, v_BSKH = cache.read(cached, layer)
+    at_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1], dtype=jnp.int32), k_BSKH.shape[:2])
+    spec = attention_xla.Spec(scores.scale, scores.window, scores.softcap, causal=True, aligned=False)
+    ids = attention_xla.Ids(positions_BT, at_BS, keep_BT.astype(jnp.int32), jnp.ones_like(at_BS))
+    k_BSKH, v_BSKH = (a.astype(q_BTNH.dtype) for a in (k_BSKH, v_BSKH))
+    return attention_xla.attend(spec, q_BTNH, k_BSKH, v_BSKH, ids), cached
+
+
+def has_kernel(q: jax.Array, held: jax.Array, mesh: Any) -> bool:
+    """Whether the kernel does this case: 16-bit keys on one NVIDIA GPU from Ampere on, heads of a power of two."""
+    devices = jax.local_devices()
+    capability = str(getattr(devices[0], "compute_capability", ""))  # of an AMD GPU, a name
+    alone = len(devices) == jax.device_count() == 1 and (mesh is None or mesh.size == 1)
+    able = alone and re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
+    known = jax.__version__.rpartition(".")[0] in attention_choice.TESTED_JAX
+    head, page = held.shape[5], held.shape[4]
+    tiles = head & (head - 1) == 0 and 16 <= head <= 256 and page & (page - 1) == 0 and page >= 16
+    return able and known and tiles and held.dtype == q.dtype and q.dtype.itemsize == 2 and held.size < ADDRESSED
+
+
+def _on_a_gpu(
+    cached: Cache, layer: Any, q_BNH: jax.Array, k_BKH: jax.Array, v_BKH: jax.Array, lengths_B: jax.Array,
+    scores: Scores,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    (k, at), (v, _) = cache.of_layer(cached.k, layer), cache.of_layer(cached.v, layer)
+    new = k_BKH.astype(k.dtype), v_BKH.astype(v.dtype)
+    out, k, v = kernel(q_BNH, *new, k[:, 0], v[:, 0], jnp.asarray(at, jnp.int32), cached.table, lengths_B, scores)
+    both = (cache.with_layer(a, layer, new[:, None]) for a, new in ((cached.k, k), (cached.v, v)))
+    return out[:, None], dataclasses.replace(cached, **dict(zip("kv", both, strict=True)))
+
+
+def kernel(
+    q_BNH: jax.Array,
+    k_BKH: jax.Array,
+    v_BKH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    table_BM: jax.Array,
+    lengths_B: jax.Array,
+    scores: Scores,
+    *,
+    splits: int | None = None,
+    warps: int = 4,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of a token a row to the first ``lengths`` int32[B] tokens of it, the last of which is the token itself:
+    [B, N, H], 0 where there are none; and k and v with the token in its place.
+
+    k, v [layers, pages, K, page, H]; ``layer`` int32[]; ``table`` int32[B, M]. ``splits``: parts of a row that are
+    read side by side."""
+    from jax.experimental import pallas as pl  # imported where there is a GPU
+    from jax.experimental.pallas import triton as plgpu
+
+    (B, N, H), K, M = q_BNH.shape, k.shape[2], table_BM.shape[1]
+    if splits is None:
+        splits = max(1, min(M, PROGRAMS // (B * K)))
+    out_type = q_BNH.dtype if splits == 1 else jnp.float32
+    shapes = [((splits, B, N, H), out_type), ((splits, B, N), jnp.float32), (k.shape, k.dtype), (v.shape, v.dtype)]
+    out, lse, k, v = pl.pallas_call(
+        functools.partial(_kernel, pl, plgpu, scores),
+        grid=(B, K, splits),
+        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        input_output_aliases={6: 2, 7: 3},
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
+        interpret=interpret,
+        name="paged_attention",
+    )(layer[None], q_BNH, k_BKH, v_BKH, table_BM, lengths_B, k, v)
+    if splits == 1:
+        return out[0], k, v
+    weight = jax.nn.softmax(lse, axis=0)  # a part of nothing has HIDDEN
+    return jnp.sum(out * weight[..., None], axis=0).astype(q_BNH.dtype), k, v
+
+
+def _kernel(pl, plgpu, scores: Scores, layer, q, k_new, v_new, table, lengths, k, v, out, lse, k_out, v_out) -> None:
+    """One row, one head of keys, one part of the row: the online softmax over its pages."""
+    row, head, part = (pl.program_id(i) for i in range(3))
+    page, length, at = k.shape[3], lengths[row], layer[0]
+    least = 0 if scores.window is None else jnp.maximum(length - scores.window, 0)
+    first, last = jax.lax.div(jnp.int32(least), page), pl.cdiv(length, page)
+    each = pl.cdiv(last - first, pl.num_programs(2))
+    begin = first + part * each
+    end = jnp.minimum(begin + each, last)
+    group = q.shape[1] // k.shape[2]
+    tall = max(16, pl.next_power_of_2(group))  # a product on tensor cores has 16 rows at least: some are done twice
+    asking = head * group + jax.lax.rem(jnp.arange(tall, dtype=jnp.int32), group)
+    asked, own = q[row, asking], (k_new[row, head], v_new[row, head])
+
+    def load(turn):
+        number = table[row, jnp.minimum(turn, table.shape[1] - 1)]
+        return k[at, number, head], v[at, number, head]
+
+    def turn(i, carry):
+        peak, total, sums, keys, values = carry
+        coming, place = load(i + 1), i * page + jnp.arange(page, dtype=jnp.int32)
+        newest = (place == length - 1)[:, None]
+        keys, values = jnp.where(newest, own[0][None], keys), jnp.where(newest, own[1][None], values)
+        s = jnp.dot(asked, keys.T, preferred_element_type=jnp.float32) * scores.scale
+        if scores.softcap is not None:
+            s = jnp.tanh(s / scores.softcap) * scores.softcap
+        s = jnp.where(((place < length) & (place >= least))[None], s * LOG2E, HIDDEN)
+        higher = jnp.maximum(peak, jnp.max(s, axis=1))
+        p, fade = jnp.exp2(s - higher[:, None]), jnp.exp2(peak - higher)
+        sums = sums * fade[:, None] + jnp.dot(p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return higher, total * fade + jnp.sum(p, axis=1), sums, *coming
+
+    H = q.shape[2]
+    start = (jnp.full((tall,), HIDDEN, jnp.float32), jnp.zeros((tall,), jnp.float32), jnp.zeros((tall, H), jnp.float32))
+    peak, total, sums, *_ = jax.lax.fori_loop(begin, end, turn, (*start, *load(begin)))
+    seen = total > 0
+    over = jnp.where(seen, total, 1.0)
+    out[part, row, asking] = (sums / over[:, None]).astype(out.dtype)
+    lse[part, row, asking] = jnp.where(seen, (peak + jnp.log2(over)) / LOG2E, HIDDEN)
+    newest, keep = jnp.maximum(length - 1, 0), (length > 0) & (part == 0)
+    number, place = table[row, jax.lax.div(newest, page)], jax.lax.rem(newest, page)
+    for new, pool in zip(own, (k_out, v_out), strict=True):
+        plgpu.store(pool.at[at, number, head, place], new, mask=jnp.broadcast_to(keep, new.shape))
