@@ -156,6 +156,7 @@ FAILING = [
     "import sys\nassert same(1) == 1\nsys.exit(0)",
     "assert Stack([1]) + 3",
     "assert apply(lambda x: 1 / 0, 1)",
+    "import os\nassert same(1) == 1\nos._exit(0)",
 ]
 
 
@@ -178,7 +179,7 @@ def test_the_function_check_is_given_the_entry_point(server):
         (["assert 1 == 1"], "never use the program"),
         (["assert f(2) =="], "cannot be run: SyntaxError"),
         (["import no_such_module\nassert f(2) == 3"], "cannot be run: ModuleNotFoundError"),
-        (["import os\nos._exit(0)"], "end the process that runs them"),
+        (["class A: pass\nassert f(A()) == 3"], "give the program a A, which is no plain data"),
     ],
 )
 def test_tests_that_are_wrong_say_nothing_of_the_program(server, tests, said):

@@ -125,6 +125,25 @@ def f(x): return 0""",
 import types
 def f(x): return 0
 f.__code__ = (lambda x: True).__code__""",
+    "breaks its examiner": """
+import json, os, struct
+def f(x):
+    data = b'{"value": ' + b"[" * 4000000 + b"]" * 4000000 + b', "printed": ""}'
+    os.write(4, struct.pack("=I", len(data)))
+    while data: data = data[os.write(4, data):]""",
+    "fills its examiner": """
+import json, os, struct
+def f(x):
+    data = b'{"value": [' + b"[]," * 5000000 + b'[]], "printed": ""}'
+    os.write(4, struct.pack("=I", len(data)))
+    while data: data = data[os.write(4, data):]""",
+    "calls back without end": """
+import json, os, struct
+def f(x):
+    while True:
+        data = json.dumps({"back": [0, [], {}]}).encode()
+        os.write(4, struct.pack("=I", len(data)) + data)""",
+    "lacks what the tests import": "def f(x): raise ModuleNotFoundError('math', name='math')",
     "raises what the tests raise": "def f(x): raise AssertionError('passed')",
     "ignores signals": """
 import signal
@@ -155,7 +174,13 @@ def f(x):
             os.kill(pid, signal.SIGKILL)
     return 0""",
 }  # fmt: skip
-TESTS = ("assert f(2) == 3", "assert abs(f(3) - 4) < 1e-6", "assert f(2) in (3, 4)", "assert [f(2)] == [3]")
+TESTS = (
+    "import math\nassert math.isclose(f(2), 3)",
+    "assert f(2) == 3",
+    "assert abs(f(3) - 4) < 1e-6",
+    "assert f(2) in (3, 4)",
+    "assert [f(2)] == [3]",
+)
 
 
 def test_no_forgery_passes(server):
@@ -210,6 +235,8 @@ ATTEMPTS = {
     "trace": "lambda: libc.ptrace(0, 0, 0, 0) == 0",
     "read another's memory": "lambda: libc.process_vm_readv(os.getppid() or 1, 0, 0, 0, 0, 0) >= 0",
     "signal another": "lambda: os.kill(os.getppid() or 2, 0) is None",
+    "signal another by a file": "lambda: __import__('fcntl').fcntl(0, 8, os.getppid() or 2) == 0",
+    "call by another table": "lambda: libc.syscall(0x40000000 + 41, 2, 1, 0) >= 0",
     "signal all": "lambda: os.kill(-1, 0) is None",
     "let itself outlive": "lambda: libc.prctl(1, 0, 0, 0, 0) == 0",
     "lift its limits": "lambda: __import__('resource').setrlimit(7, (9999, 9999)) is None",

@@ -27,18 +27,27 @@ class Ended(Exception):
     """The program is gone, or says what cannot be understood."""
 
 
+class NotGiven(TypeError):
+    """What the tests cannot give to the program."""
+
+
 class Peer:
     """The tests' end of the channel."""
 
     def __init__(self, channel: int) -> None:
         self.channel, self.given, self.calls = channel, list[Any](), 0
         self.errors: dict[str, type] = {}
+        self.fault = ""
 
     def ask(self, do: str, *args: Any, **named: Any) -> Any:
         """What comes of doing something with the program's objects. Raises what it raises, and Ended."""
         self.calls += 1
-        message = {"do": do, "args": self.packed([*args]), "named": {key: self.packed(v) for key, v in named.items()}}
-        self.send(message)
+        try:
+            given = {"args": self.packed([*args]), "named": {key: self.packed(v) for key, v in named.items()}}
+        except NotGiven as error:
+            self.fault = str(error)
+            raise
+        self.send({"do": do, **given})
         answer = self.heard()
         while "back" in answer:
             self.send(self.called_back(*answer["back"]))
@@ -85,7 +94,7 @@ class Peer:
         if isinstance(value, Remote):
             return {"object": object.__getattribute__(value, "_number")}
         if not callable(value):
-            raise TypeError(f"a {type(value).__name__} of the tests cannot be given to the program")
+            raise NotGiven(f"they give the program a {type(value).__name__}, which is no plain data and no function")
         self.given.append(value)
         return {"function": len(self.given) - 1}
 
@@ -236,8 +245,11 @@ def main(files: list[int]) -> None:
             tell({"test": number, "passed": True})
         except BaseException as error:
             # what the tests lack is not the program's fault
-            lacking = isinstance(error, ModuleNotFoundError) and error.name in imported(tree)
-            tell({"fault": problem(error)} if lacking else {"test": number, "passed": False, "problem": problem(error)})
+            if isinstance(error, ModuleNotFoundError) and error.name in imported(tree):
+                peer.fault = problem(error)
+            tell({"test": number, "passed": False, "problem": problem(error)})
+    if peer.fault:
+        tell({"fault": peer.fault})
     tell({"done": True, "calls": peer.calls + uses})
 
 

@@ -22,7 +22,7 @@ _CALLS = {
     "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23), "nanosleep": (35, 101),
     "getitimer": (36, 102), "setitimer": (38, 103), "getpid": (39, 172), "recvfrom": (45, 207), "shutdown": (48, 210),
     "getsockname": (51, 204), "getpeername": (52, 205), "getsockopt": (55, 209), "exit": (60, 93), "wait4": (61, 260),
-    "uname": (63, 160), "fcntl": (72, 25), "fsync": (74, 82), "fdatasync": (75, 83), "ftruncate": (77, 46),
+    "uname": (63, 160), "fsync": (74, 82), "fdatasync": (75, 83), "ftruncate": (77, 46),
     "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "umask": (95, 166), "gettimeofday": (96, 169),
     "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153), "getuid": (102, 174),
     "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177), "getppid": (110, 173), "getgroups": (115, 158),
@@ -46,11 +46,12 @@ _CHANGING_FILES_OF_X86 = {"rename": 82, "mkdir": 83, "rmdir": 84, "unlink": 87}
 # looked at closer below
 _OPEN, _OPENAT, _CLONE, _CLONE3 = 2, (257, 56), (56, 220), (435, 435)
 _KILL_CALL, _TGKILL, _IOCTL, _PRCTL = (62, 129), (234, 131), (16, 29), (157, 167)
-_PRLIMIT, _SOCKETPAIR, _SENDTO = (302, 261), (53, 199), (44, 206)
+_PRLIMIT, _SOCKETPAIR, _SENDTO, _FCNTL = (302, 261), (53, 199), (44, 206), (72, 25)
 
 _WRITING = 0x1 | 0x2 | 0x40 | 0x200 | 0x400000  # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, and the bit of O_TMPFILE
 _CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020000
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 1030)  # F_DUPFD to F_SETLKW; not F_SETOWN, by which the kernel signals others
 _PR_SET_NAME, _PR_GET_NAME, _AF_UNIX = 15, 16, 1
 
 
@@ -75,6 +76,7 @@ def program(pid: int, files: bool, threads: bool) -> bytes:
         _KILL_CALL[machine]: [(0, _EQUAL, (pid,), True)],
         _TGKILL[machine]: [(0, _EQUAL, (pid,), True)],
         _IOCTL[machine]: [(1, _EQUAL, _IOCTLS, True)],
+        _FCNTL[machine]: [(1, _EQUAL, _FCNTLS, True)],
         _PRCTL[machine]: [(0, _EQUAL, (_PR_SET_NAME, _PR_GET_NAME), True)],
         _PRLIMIT[machine]: [(0, _EQUAL, (0,), True)],
         _SOCKETPAIR[machine]: [(0, _EQUAL, (_AF_UNIX,), True)],

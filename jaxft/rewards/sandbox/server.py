@@ -22,6 +22,8 @@ from .confine import Limits
 
 FILES = 4
 """Most that come with a request: what to tell, the program's text, its channel or output, its input or verdict."""
+MOST_FILES = 1 << 20
+"""Linux's own bound on the number of a file."""
 PRELOADED = (
     "array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools",
     "hashlib", "heapq", "io", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",
@@ -62,7 +64,12 @@ def main(control: int, way: str, folder: str, packages: list[str]) -> None:
         text, files, _, _ = socket.recv_fds(requests, 4096, FILES)
         if not text:
             return
-        if os.fork() == 0:
+        try:
+            watcher = os.fork()
+        except OSError as error:  # no more processes: this one is not begun, others may be
+            os.write(files[0], f"failed: {error}".encode())
+            watcher = 1
+        if watcher == 0:
             _watch(requests, nothing, way, paths, json.loads(text), files)
         for file in files:
             os.close(file)
@@ -130,7 +137,7 @@ def _program(role: str, nothing: int, way: str, paths: list[str], limits: Limits
         for number, file in enumerate(high, len(standard)):
             os.dup2(file, number)
         last = len(standard) + len(high)
-        os.closerange(last, os.sysconf("SC_OPEN_MAX"))
+        os.closerange(last, MOST_FILES)
         begun = last - 1
         os.set_inheritable(begun, False)
         confine.begin_randomness()
