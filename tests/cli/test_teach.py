@@ -82,7 +82,7 @@ def test_a_run_that_was_cut_asks_only_what_is_left(capsys, settings, tmp_path, m
     monkeypatch.setattr(generate, "generate", lambda *a, **k: asked.append(len(a[2])) or original(*a, **k))
     code, out, err = jaxft(capsys, "teach", file, f"run_dir={cut}", "--resume")
     assert code == 0 and "3 of 7 prompts are answered" in out, err
-    assert sum(asked) == 15  # prompts 3 to 7 (the third with the fourth, as before), thrice
+    assert sum(asked) == 5  # prompts 3 to 7 (the third with the fourth, as before)
     for name in ("samples.jsonl", "rows.jsonl"):
         assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "other", "answer": "x", "task": "t"}) + "\n")
