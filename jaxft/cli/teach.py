@@ -21,7 +21,7 @@ from rich.console import Console
 
 from jaxft import config as config_
 from jaxft import run_dir
-from jaxft.border import check, reading
+from jaxft.border import check, fields, reading
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state
 from jaxft.cli import arguments as arguments_
@@ -31,7 +31,7 @@ from jaxft.cli.target import Target
 from jaxft.config import Packing, RunConfig
 from jaxft.data import DataConfig, Prompt, questions
 from jaxft.models.decoder import Execution
-from jaxft.rewards import answers, function
+from jaxft.rewards import REWARDS, answers, function
 from jaxft.rollout import generate, verify
 from jaxft.rollout.generate import GenerateConfig
 from jaxft.rollout.verify import Judge, Sample, Verdict, VerifyConfig
@@ -136,8 +136,7 @@ def run(config: TeachConfig) -> int:
     """Answers what is not answered yet and writes the rows; 1 if none passes."""
     if not config.data.path or config.data.sources:
         raise ConfigError("`data.path` must be given: prompts of one source, data.path=prompts.jsonl")
-    spec = config.verify.function
-    judge = None if spec is None else function.load(spec, "verify.function")
+    judge = _judge(config.verify.function)
     folder, console = Path(str(config.run_dir)), Console(highlight=False, markup=False)
     refuse_other(folder, config)
     mesh_.start(config.mesh)
@@ -288,6 +287,17 @@ def spoken(speaker: Speaker, tokens: Sequence[int], tags: Sequence[str], stop: S
 
 def _special(speaker: Speaker) -> set[int]:
     return {*speaker.tokenizer.all_special_ids}
+
+
+def _judge(spec: str | None) -> Judge | None:
+    """The function of the user's file, or that of a reward. Raises ConfigError."""
+    if spec is None or spec not in REWARDS:
+        return None if spec is None else function.load(spec, "verify.function")
+    entry = REWARDS[spec]
+    if lacking := [field.name for field in fields.fields(entry.config) if field.required]:
+        needs = ", ".join(lacking)
+        raise ConfigError(f"`verify.function`: got {spec}, a reward that must be given {needs}; expected one without")
+    return entry.make(entry.config())
 
 
 def _done(file: Path, prompts: Sequence[Prompt], config: TeachConfig) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ class VerifyConfig:
     pattern: str | None = None
     """Regex that must be found in the final answer."""
     function: str | None = None
-    """file.py:name of a function f(prompts, completions, **columns) that gives a number or None for each completion."""
+    """file.py:name of a function f(prompts, completions, **columns) that gives a number or None for each completion; or
+    the name of a reward, such as math or code, that is asked with its defaults."""
     threshold: float = 0.5
     """Least number of the function that passes."""
     finished: bool = True

@@ -8,7 +8,8 @@ import yaml
 from jaxft import cli
 from jaxft.cli import run as run_
 from jaxft.cli import teach
-from jaxft.rollout import generate
+from jaxft.rollout import generate, verify
+from jaxft.rollout.verify import Sample, VerifyConfig
 from tests.cli.test_pipeline import jaxft, pipeline
 
 FUNCTION = """
@@ -116,6 +117,7 @@ def test_refusals(capsys, settings, tmp_path):
     for words, said in (
         (["generate.temperature=0"], "samples that are all the same"),
         (["verify.function=no.py:f"], "no file no.py"),
+        (["verify.function=soft_overlong"], "a reward that must be given max_tokens, cache"),
         ([f"verify.function={tmp_path / 'own.py'}:odd"], "has no function 'odd'"),
         (["verify.answr=x"], "did you mean `verify.answer`?"),
         (["verify.answer=solution"], "in column solution"),
@@ -156,3 +158,10 @@ def test_distillation_of_sequences_as_one_command(capsys, monkeypatch, settings,
     code, _, err = jaxft(capsys, "run", file, "stages.answers.samples=2")
     assert code == 2 and "stage answers is complete" in err and "samples was 3 and is 2" in err
     assert jaxft(capsys, "run", file)[0] == 0
+
+
+def test_a_reward_judges_by_its_name():
+    prompt, texts = [{"role": "user", "content": "1 + 1"}], ["so \\boxed{2}", "3", "<think>2</think>2.0"]
+    samples = [Sample(text, 1, True) for text in texts]
+    verdicts = verify.judged(VerifyConfig(function="math"), prompt, samples, {"answer": "2"}, teach._judge("math"))
+    assert [(verdict.score, verdict.failed) for verdict in verdicts] == [(1, ""), (0, "function"), (1, "")]

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import select
 import socket
 import subprocess
@@ -65,6 +66,8 @@ class Server:
 
     def __init__(self, way: str, packages: bool) -> None:
         """``way``: namespaces, landlock or none. Raises SandboxError where the kernel does not allow it."""
+        if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+            raise SandboxError(f"{sys.platform} on {platform.machine()}: expected Linux on x86_64 or aarch64")
         self._lock = threading.Lock()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         paths = sysconfig.get_paths()

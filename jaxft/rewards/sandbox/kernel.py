@@ -8,7 +8,6 @@ import os
 import platform
 import struct
 
-ARCHITECTURES = ("x86_64", "aarch64")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
