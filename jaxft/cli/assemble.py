@@ -166,7 +166,13 @@ def scorer(config: RunConfig, base: Model, how: Execution, differs: tree.Params 
         apart = Divergence(config.objective.value.kl_divergence)
         named: dict[str, Any] = {"needs": asked.needs, "reports": asked.reports}
         return anchored.make_score(base.config, apart, **named, dtype=dtype, execution=how, neftune_alpha=alpha)
-    return score.make_score(base.config, needs, dtype=dtype, execution=how, neftune_alpha=alpha)
+    named = {"neftune_alpha": alpha, "temperature": temperature(config)}
+    return score.make_score(base.config, needs, dtype=dtype, execution=how, **named)
+
+
+def temperature(config: RunConfig) -> float:
+    """What the logits of scores are divided by: that of the draws, where the policy's own are learnt from."""
+    return config.rollout.temperature if OBJECTIVES[config.objective.name].rows == "rollout" else 1.0
 
 
 def hooks(config: RunConfig, parts: Split, steps: int) -> Hooks:

@@ -156,7 +156,8 @@ def scorer(config: RunConfig, base: Model, how: Execution, others: dict[str, Mod
         return score
     asked = OBJECTIVES[config.objective.name].asked(settings)
     dtype, reserved = base.params["embed"]["tokens"].dtype, assemble.virtual(config).get("prompt", 0)
-    other = score_.make_score(others["reference"].config, asked.needs, dtype=dtype, execution=how)
+    named = {"dtype": dtype, "execution": how, "temperature": assemble.temperature(config)}
+    other = score_.make_score(others["reference"].config, asked.needs, **named)
 
     def either(view: str, params: tree.Params, batch: Batch, key: Any = None) -> dict[str, jax.Array]:
         if view == "reference":

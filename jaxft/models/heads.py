@@ -92,11 +92,13 @@ class TokenScores:
 
     needs: tuple[str, ...]
     gradients: tuple[str, ...] = ("logp",)
+    temperature: float = 1.0
 
     def given(self, other: None, rows: jax.Array) -> jax.Array:
         return rows
 
     def __call__(self, y: jax.Array, given: jax.Array) -> dict[str, jax.Array]:
+        y = y if self.temperature == 1.0 else y / self.temperature
         top = jax.lax.stop_gradient(jnp.max(y, -1, keepdims=True))
         lse = jnp.log(jnp.sum(jnp.exp(y - top), -1, keepdims=True)) + top
         hot = jax.lax.broadcasted_iota(jnp.int32, y.shape, y.ndim - 1) == given[..., None]
@@ -118,18 +120,20 @@ def token_scores(
     labels_BT: jax.Array,
     needs: tuple[str, ...] = ("logp",),
     mesh: jax.sharding.Mesh | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, jax.Array]:
     """What an objective needs of the next-token distribution at each hidden state, float32[B, T] each.
 
     ``labels`` int32[B, T] is the token each state should predict (any id where it does not matter). logp: log p(label);
     entropy: nats; correct: 1 where the label is the most likely token; sum_p2: sum over the vocabulary of p squared.
-    Only logp carries a gradient, and trained_entropy, which is the entropy again. For ``mesh`` see `over_chunks`.
+    Only logp carries a gradient, and trained_entropy, which is the entropy again. The distribution is that of the
+    logits divided by ``temperature``. For ``mesh`` see `over_chunks`.
     Raises ValueError for another need."""
     unknown = [n for n in needs if n not in NEEDS]
     if unknown:
         raise ValueError(f"needs: got {unknown}; expected names among {NEEDS}")
     asked = tuple(dict.fromkeys(("logp", *needs)))
-    ask = TokenScores(asked, tuple(need for need in asked if need in TRAINED))
+    ask = TokenScores(asked, tuple(need for need in asked if need in TRAINED), temperature)
     return over_chunks(ask, config, head, x_BTD, labels_BT, mesh=mesh)
 
 

@@ -31,6 +31,7 @@ def make_score(
     dtype: Any,
     execution: Execution = decoder.DEFAULT,
     neftune_alpha: float = 0.0,
+    temperature: float = 1.0,
 ) -> Score:
     """Builds ``score(view, params, batch, key=None) -> {need: float32[B, T]}``.
 
@@ -38,10 +39,10 @@ def make_score(
     ``task_ids`` for a multitask prompt.
     ``dtype`` is that of the computation. ``key=None`` is evaluation: no dropout, no noise. ``neftune_alpha`` adds
     uniform noise of magnitude alpha / sqrt(length * D) to the embeddings while training: Jain et al. 2023, alg. 1
-    (arXiv:2310.05914).
+    (arXiv:2310.05914). ``temperature`` divides the logits: scores are then of the distribution that is sampled from.
     """
 
-    forward = make_forward(config, needs, dtype=dtype, execution=execution)
+    forward = make_forward(config, needs, dtype=dtype, execution=execution, temperature=temperature)
 
     def score(view: str, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> dict[str, jax.Array]:
         del view  # every view of one model is scored alike
@@ -52,7 +53,7 @@ def make_score(
 
 
 def make_forward(
-    config: ModelConfig, needs: tuple[str, ...], *, dtype: Any, execution: Execution
+    config: ModelConfig, needs: tuple[str, ...], *, dtype: Any, execution: Execution, temperature: float = 1.0
 ) -> Callable[[tree.Params, Batch, jax.Array | None], dict[str, jax.Array]]:
     """``forward(params, batch, noise_BTD) -> {need: float32[B, T]}``: `make_score` with all that is random drawn."""
 
@@ -63,7 +64,8 @@ def make_forward(
         if needs == (REWARD,):
             return rewards
         head, said = heads.head_of(config, params), tuple(need for need in needs if need != REWARD)
-        out = heads.token_scores(config, head, hidden_BTD, predicted(batch["tokens"]), said, execution.mesh)
+        how = {"mesh": execution.mesh, "temperature": temperature}
+        out = heads.token_scores(config, head, hidden_BTD, predicted(batch["tokens"]), said, **how)
         return aligned(out, params, batch) | rewards
 
     return forward

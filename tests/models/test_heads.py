@@ -31,12 +31,14 @@ def example(config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     return head, jax.random.normal(keys[1], (B, T, D)), jax.random.randint(keys[2], (B, T), 0, V)
 
 
-def plain(config: ModelConfig, head: jax.Array, x: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+def plain(
+    config: ModelConfig, head: jax.Array, x: jax.Array, labels: jax.Array, temperature: float = 1.0
+) -> dict[str, jax.Array]:
     """The definitions, over all logits at once."""
     logits = x @ (head.T if config.tie_embeddings else head) * config.logits_scale
     if config.final_softcap is not None:
         logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
-    logp = jax.nn.log_softmax(logits)
+    logp = jax.nn.log_softmax(logits / temperature)
     p = jnp.exp(logp)
     return {
         "logp": jnp.take_along_axis(logp, labels[..., None], -1)[..., 0],
@@ -56,6 +58,21 @@ def test_values(name):
     for need in heads.NEEDS:
         assert got[need].dtype == jnp.float32 and got[need].shape == (B, T)
         np.testing.assert_allclose(got[need], expected[need], rtol=0, atol=1e-5, err_msg=need)
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_at_another_temperature(name):
+    """After the cap; values, and gradients of a frozen head."""
+    config = SHAPED[name]
+    head, x, labels = example(config)
+    x = 0.6 * x  # the divided logits are of the size of the others
+    got = heads.token_scores(config, head, x, labels, heads.NEEDS, temperature=0.6)
+    expected = plain(config, head, x, labels, 0.6)
+    for need in heads.NEEDS:
+        np.testing.assert_allclose(got[need], expected[need], rtol=0, atol=1e-5, err_msg=need)
+    slope = jax.grad(lambda x: heads.token_scores(config, head, x, labels, temperature=0.6)["logp"].sum())(x)
+    wanted = jax.grad(lambda x: plain(config, head, x, labels, 0.6)["logp"].sum())(x)
+    np.testing.assert_allclose(slope, wanted, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", SHAPED)
