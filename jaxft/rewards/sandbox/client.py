@@ -23,6 +23,8 @@ OUTPUT = 4 << 20
 """Bytes that a program may print."""
 GRACE = 10.0
 """Seconds past a program's time in which the sandbox must have said how it ended."""
+_PYTHON_NEEDS = ("LD_LIBRARY_PATH", "PYTHONHOME")
+"""Of the environment, what a Python that is installed in an odd place does not begin without; programs see none."""
 _BOOT = (
     "import sys, types; package = types.ModuleType('sandbox'); package.__path__ = [sys.argv[1]]; "
     "sys.modules['sandbox'] = package; from sandbox import server; "
@@ -73,10 +75,11 @@ class Server:
         paths = sysconfig.get_paths()
         libraries = [*dict.fromkeys([paths["purelib"], paths["platlib"]])] if packages else []
         with tempfile.TemporaryDirectory(prefix="jaxft-sandbox-", ignore_cleanup_errors=True) as folder, theirs:
+            needs = {name: os.environ[name] for name in _PYTHON_NEEDS if name in os.environ}
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", "-c", _BOOT, str(Path(__file__).parent),
                  str(theirs.fileno()), way, folder, *libraries],
-                env={"PYTHONHASHSEED": "0"}, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                env={"PYTHONHASHSEED": "0"} | needs, cwd="/", pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
             theirs.close()
