@@ -164,7 +164,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     objective, settings = _objective(config), config.objective.value
     functions = rewards.made(rewards.REWARDS, [(choice.name, choice.value) for choice in config.rewards])
     end = answers.ends(config, base)
-    judge = Judge(functions, base.tokenizer, end, asked.columns, console)
+    judge = Judge(functions, base.tokenizer, end, config.rollout.stop, asked.columns, console)
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
     held = held_out(config, asked, base)
     if held or general is not None:
@@ -176,7 +176,8 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
         assemble.virtual(config).get("prompt", 0),
         config.data.length_multiple,
     )
-    sample = policy.sampler(config.rollout, base.config, begun.frozen, dtype=begun.dtype, end=end, execution=begun.how)
+    about: dict[str, Any] = {"dtype": begun.dtype, "end": end, "execution": begun.how, "tokenizer": base.tokenizer}
+    sample = policy.sampler(config.rollout, base.config, begun.frozen, **about)
     annotate = policy.annotator(
         begun.score,
         objective.asked(settings).rollout_needs,
@@ -203,8 +204,8 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     shardings = job_.shardings(begun.places, begun.models, mesh)
     run = step.make_step(objective, settings, begun.score, begun.optimizer, shardings, begun.hooks)
     finish = single.finisher(config, begun, console)
-    about = (begun.record, begun.optimizer, begun.flops)
-    return Job(run, begun.first, begun.models, *about, begin, finish, feed=prefetch.as_asked)
+    rest = (begun.record, begun.optimizer, begun.flops)
+    return Job(run, begun.first, begun.models, *rest, begin, finish, feed=prefetch.as_asked)
 
 
 class Judge:
@@ -215,22 +216,18 @@ class Judge:
         functions: Sequence[rewards.Asked],
         tokenizer: Any,
         end: Sequence[int],
+        stop: Sequence[str],
         columns: Sequence[str],
         console: Console,
     ):
-        self.functions, self.tokenizer, self.end, self.columns, self.console = (
-            functions,
-            tokenizer,
-            end,
-            columns,
-            console,
-        )
+        self.functions, self.columns, self.console = functions, columns, console
+        self.tokenizer, self.end, self.stop = tokenizer, end, stop
         names, weights = tuple(one.name for one in functions), tuple(one.weight for one in functions)
         self.rewards = Rewards(names, weights, self.completions)
 
     def completions(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> Said:
         """Of completions in tokens."""
-        texts = [replies.spoken(self.tokenizer, completion.tokens, self.end) for completion in made]
+        texts = [replies.spoken(self.tokenizer, completion.tokens, self.end, self.stop) for completion in made]
         return self.texts(prompts, texts, [list(c.tokens) for c in made], [c.finished for c in made])
 
     def texts(self, prompts: Sequence[Prompt], texts: list[str], ids: list[list[int]], finished: list[bool]) -> Said:

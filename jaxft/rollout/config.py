@@ -22,10 +22,14 @@ class RolloutConfig:
     """Draw from the k most likely tokens; 0: all."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens whose probability reaches this."""
+    min_p: float = 0.0
+    """Draw from tokens at least this likely, relative to the most likely; 0: all."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, besides the end tokens."""
     seed: int = 0
     """Of the draws. The order of the prompts has its own, data.seed."""
     batch: int = 128
-    """Completions generated together."""
+    """Completions generated together: as one ends, the next takes its place."""
     dynamic: bool = False
     """Whether prompts whose completions all have the same reward, of which nothing can be learnt, give their place to
     the next prompts: dynamic sampling, Yu et al. 2025 (arXiv:2503.14476), section 3.2."""
@@ -41,6 +45,8 @@ class RolloutConfig:
             **{name: (getattr(self, name) >= 0, "at least 0") for name in ("top_k", "log_samples", "seed")},
             "temperature": (self.temperature > 0, "a number above 0: greedy completions of a prompt are all the same"),
             "top_p": (0 < self.top_p <= 1, "a share above 0, at most 1"),
+            "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
+            "stop": (all(self.stop), "no empty text"),
         }
         for name, (good, expected) in fine.items():
             if not good:

@@ -1,5 +1,6 @@
 """What a source of rollouts asks of the policy: completions as it writes them now, and the trainer's scores of them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,18 +41,20 @@ def sampler(
     dtype: Any,
     end: Sequence[int],
     execution: Execution,
+    tokenizer: Any = None,
 ) -> Sampler:
-    """Completions of the policy whose trained arrays are the state's, on frozen ``base``."""
+    """Completions of the policy whose trained arrays are the state's, on frozen ``base``; ``tokenizer`` finds
+    ``config.stop``."""
+    same = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "batch")
+    settings = GenerateConfig(**{name: getattr(config, name) for name in same})
 
     def sample(state: Any, prompts: Sequence[Prompt], seed: int) -> list[Completion]:
         params = tree.cast(actor(tree.combine(state.trainable, base)), dtype)
-        settings = GenerateConfig(
-            config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed, config.batch
-        )
-        asked = [prompt.tokens for prompt in prompts for _ in range(config.samples)]
-        tasks = [prompt.task for prompt in prompts for _ in range(config.samples)]
-        given = tasks if any(tasks) else None
-        return generate.generate(model, params, asked, settings, end, execution=execution, tasks=given)
+        tasks = [prompt.task for prompt in prompts]
+        return generate.generate(
+            model, params, [prompt.tokens for prompt in prompts], dataclasses.replace(settings, seed=seed), end,
+            execution=execution, tasks=tasks if any(tasks) else None, samples=config.samples, tokenizer=tokenizer,
+        )  # fmt: skip
 
     return sample
 

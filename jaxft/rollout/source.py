@@ -24,7 +24,7 @@ from jaxft.rollout.config import RolloutConfig
 from jaxft.rollout.generate import Completion
 from jaxft.rollout.policy import Annotator, Sampler
 
-APART = ("reward", "reward_weight", "group", "finished", "value")
+APART = ("reward", "reward_weight", "group", "finished", "value", "policy_logp")
 """Arrays of a rollout that its minibatches do without: what they say is in the others."""
 SECONDS = ("rollout", "reward", "score", "update")
 
@@ -280,11 +280,10 @@ def combined(values: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def difference(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How far the log-probabilities of the sampler are from the trainer's of the same policy, in nats: rounding, and
-    what the settings of the sampler change."""
+    """How far the log-probabilities of generation are from the trainer's of the same policy, in nats: rounding."""
     if "old_logp" not in arrays:
         return {}
-    apart = np.abs(arrays["sampler_logp"] - arrays["old_logp"])[arrays["loss_mask"]]
+    apart = np.abs(arrays["policy_logp"] - arrays["old_logp"])[arrays["loss_mask"]]
     if not apart.size:
         return {}
     name = "sampling/sampling_logp_difference"

@@ -28,7 +28,7 @@ def sample(config):
     def made(state, asked, seed):
         state.seen.append((seed, [prompt.text for prompt in asked]))
         return [
-            Completion([int(p.text), seed % 97, s], [-0.1, -0.2, -0.5 - s], s % 2 == 0)
+            Completion([int(p.text), seed % 97, s], [-0.1, -0.2, -0.5 - s], s % 2 == 0, [-0.3, -0.4, -0.6])
             for p in asked
             for s in range(config.samples)
         ]
@@ -51,7 +51,7 @@ def judge(spread=lambda number: True):
 def annotate(state, rollout, running):
     """The advantage is the first reward, and the running quantity counts rollouts."""
     first = np.where(rollout["loss_mask"], rollout["reward"][:, :1], 0).astype(np.float32)
-    old = np.where(rollout["loss_mask"], rollout["sampler_logp"] + 0.25, 0)
+    old = np.where(rollout["loss_mask"], rollout["policy_logp"] + 0.25, 0)
     metrics = {"rewards/0/mean": 1.0, "reward": 3.0}
     return {"advantage": first, "old_logp": old.astype(np.float32)}, metrics, {"count": running["count"] + 1}
 
@@ -83,7 +83,7 @@ def test_sequences_as_arrays_by_hand():
     """Prompts of 1 and 2 tokens after one reserved position, completions of 2 and 1."""
     asked = [Prompt("a", (7,), "", ""), Prompt("b", (8, 9), "", "", task=3)]
     made = layout.arrays(
-        asked, [Completion([4, 5], [-1.0, -2.0], True), Completion([6], [-3.0], False)],
+        asked, [Completion([4, 5], [-1.0, -2.0], True, [-5.0, -6.0]), Completion([6], [-3.0], False, [-7.0])],
         samples=1, pad_id=PAD, reserved=1,
     )  # fmt: skip
     assert made["tokens"].shape == (2, 64)
@@ -92,6 +92,7 @@ def test_sequences_as_arrays_by_hand():
     assert made["segments"][:, :5].tolist() == [[1, 1, 1, 1, 0]] * 2
     assert made["loss_mask"][:, :5].tolist() == [[False, False, True, True, False], [False] * 3 + [True, False]]
     assert made["sampler_logp"][:, :5].tolist() == [[0, 0, -1, -2, 0], [0, 0, 0, -3, 0]]
+    assert made["policy_logp"][:, :5].tolist() == [[0, 0, -5, -6, 0], [0, 0, 0, -7, 0]]
     assert made["finished"].tolist() == [True, False] and made["group"].tolist() == [0, 1]
     assert made["task_ids"][:, 0].tolist() == [0, 3] and made["sequence_mask"].all()
 
@@ -109,7 +110,7 @@ def test_each_pass_has_every_sequence_once_with_what_was_estimated():
     assert sorted(names[0] + names[1]) == sorted(names[2] + names[3]) == [(p, s) for p in (0, 1) for s in range(4)]
     assert names[:2] != names[2:]
     for batch in batches:
-        assert not {"reward", "reward_weight", "finished", "group", "value"} & batch.keys()
+        assert not {"reward", "reward_weight", "finished", "group", "value", "policy_logp"} & batch.keys()
         samples = [row[mask][2] for row, mask in zip(batch["tokens"], batch["loss_mask"], strict=True)]
         assert batch["advantage"].max(1).tolist() == samples
 
