@@ -161,6 +161,7 @@ def test_shipped_configs(recipe):
     assert recipe.title and recipe.facts["command"].startswith(f"jaxft train configs/{recipe.name}.yaml")
     assert len(recipe.path.read_text().splitlines()) <= 40
     alternatives = [f"peft.method={loaded.peft[0].name}", f"objective.name={loaded.objective.name}"]
+    alternatives += [f"rewards={reward.name}" for reward in loaded.rewards]
     defaults = check.plain(config.load(None, ["model.path=x", *alternatives]))
     written = reading.read(recipe.path).values
     same = [

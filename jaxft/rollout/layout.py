@@ -34,19 +34,18 @@ def arrays(
       reserved: positions before each sequence that are a learnt prompt's.
 
     Returns tokens, positions, segments (1, and 0 in padding) int32[N, T]; loss_mask bool[N, T], the completions with
-    what ended them; sequence_mask bool[N, 1]; finished bool[N]; group int32[N]; sampler_logp and policy_logp
-    float32[N, T] (`Completion`), at each token's own place; and task_ids int32[N, T] where there are several tasks.
+    what ended them; sequence_mask bool[N, 1]; finished bool[N]; group int32[N]; sampler_logp float32[N, T], at each
+    token's own place; and task_ids int32[N, T] where there are several tasks.
     """
     count = len(completions)
     lengths = [reserved + len(p.tokens) + len(c.tokens) for p, c in zip(prompts, completions, strict=True)]
     shape = (count, width(max(lengths), multiple))
-    tokens, logp, own = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    tokens, logp = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         begin = reserved + len(prompt.tokens)
         tokens[row, :begin] = [pad_id] * reserved + list(prompt.tokens)
         tokens[row, begin : lengths[row]] = completion.tokens
         logp[row, begin : lengths[row]] = completion.logp
-        own[row, begin : lengths[row]] = completion.policy_logp
     at, end = np.arange(shape[1]), np.array(lengths)[:, None]
     begins = np.array([[reserved + len(prompt.tokens)] for prompt in prompts])
     there = at < end
@@ -60,6 +59,5 @@ def arrays(
         "finished": np.array([completion.finished for completion in completions], bool),
         "group": (np.arange(count) // samples).astype(np.int32),
         "sampler_logp": logp,
-        "policy_logp": own,
         **({"task_ids": np.broadcast_to(tasks, shape).copy()} if tasks.any() else {}),
     }

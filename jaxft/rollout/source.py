@@ -24,7 +24,7 @@ from jaxft.rollout.config import RolloutConfig
 from jaxft.rollout.generate import Completion
 from jaxft.rollout.policy import Annotator, Sampler
 
-APART = ("reward", "reward_weight", "group", "finished", "value", "policy_logp")
+APART = ("reward", "reward_weight", "group", "finished", "value")
 """Arrays of a rollout that its minibatches do without: what they say is in the others."""
 SECONDS = ("rollout", "reward", "score", "update")
 
@@ -173,7 +173,7 @@ class Source:
         added, told, self.running = self.annotate(state, arrays, self.running)
         seconds["score"] = time.perf_counter() - begin
         arrays |= added
-        metrics |= self._named(told) | difference(arrays)
+        metrics |= difference(arrays) | self._named(told)
         if self.table is not None and self.config.log_samples:
             self.table.write(self.step, self._samples(groups, arrays))
         self.arrays = {name: value for name, value in arrays.items() if name not in APART}
@@ -280,10 +280,11 @@ def combined(values: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def difference(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """How far the log-probabilities of generation are from the trainer's of the same policy, in nats: rounding."""
+    """How far the sampler's log-probabilities are from the trainer's of the same policy at the same temperature, in
+    nats: rounding, and what a top-k, top-p or min-p leaves out."""
     if "old_logp" not in arrays:
         return {}
-    apart = np.abs(arrays["policy_logp"] - arrays["old_logp"])[arrays["loss_mask"]]
+    apart = np.abs(arrays["sampler_logp"] - arrays["old_logp"])[arrays["loss_mask"]]
     if not apart.size:
         return {}
     name = "sampling/sampling_logp_difference"

@@ -51,7 +51,7 @@ def judge(spread=lambda number: True):
 def annotate(state, rollout, running):
     """The advantage is the first reward, and the running quantity counts rollouts."""
     first = np.where(rollout["loss_mask"], rollout["reward"][:, :1], 0).astype(np.float32)
-    old = np.where(rollout["loss_mask"], rollout["policy_logp"] + 0.25, 0)
+    old = np.where(rollout["loss_mask"], rollout["sampler_logp"] + 0.25, 0)
     metrics = {"rewards/0/mean": 1.0, "reward": 3.0}
     return {"advantage": first, "old_logp": old.astype(np.float32)}, metrics, {"count": running["count"] + 1}
 
@@ -92,7 +92,6 @@ def test_sequences_as_arrays_by_hand():
     assert made["segments"][:, :5].tolist() == [[1, 1, 1, 1, 0]] * 2
     assert made["loss_mask"][:, :5].tolist() == [[False, False, True, True, False], [False] * 3 + [True, False]]
     assert made["sampler_logp"][:, :5].tolist() == [[0, 0, -1, -2, 0], [0, 0, 0, -3, 0]]
-    assert made["policy_logp"][:, :5].tolist() == [[0, 0, -5, -6, 0], [0, 0, 0, -7, 0]]
     assert made["finished"].tolist() == [True, False] and made["group"].tolist() == [0, 1]
     assert made["task_ids"][:, 0].tolist() == [0, 3] and made["sequence_mask"].all()
 
@@ -110,7 +109,7 @@ def test_each_pass_has_every_sequence_once_with_what_was_estimated():
     assert sorted(names[0] + names[1]) == sorted(names[2] + names[3]) == [(p, s) for p in (0, 1) for s in range(4)]
     assert names[:2] != names[2:]
     for batch in batches:
-        assert not {"reward", "reward_weight", "finished", "group", "value", "policy_logp"} & batch.keys()
+        assert not {"reward", "reward_weight", "finished", "group", "value"} & batch.keys()
         samples = [row[mask][2] for row, mask in zip(batch["tokens"], batch["loss_mask"], strict=True)]
         assert batch["advantage"].max(1).tolist() == samples
 
