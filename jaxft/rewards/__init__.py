@@ -4,11 +4,12 @@
 of them of the completions of one rollout.
 """
 
-from jaxft.rewards import code, format, function, length, math
+from jaxft.rewards import code, format, function, judge, length, math
 from jaxft.rewards.calling import Asked, Judged, Report, RewardError, call, made
 from jaxft.rewards.code import Code
 from jaxft.rewards.format import ExactMatch, JSONSchema, MultipleChoice, Pattern, ThinkFormat
 from jaxft.rewards.function import Own
+from jaxft.rewards.judge import Judge
 from jaxft.rewards.length import CosineLength, Repetition, SoftOverlong
 from jaxft.rewards.math import Math
 from jaxft.rewards.settings import Reward
@@ -24,10 +25,12 @@ REWARDS: dict[str, Reward] = {
     "soft_overlong": Reward(SoftOverlong, length.overlong),
     "repetition": Reward(Repetition, length.repetition),
     "cosine_length": Reward(CosineLength, length.cosine),
+    "judge": Reward(Judge, judge.make),
     "function": Reward(Own, function.make),
 }
 
 __all__ = [
-    "REWARDS", "Asked", "Code", "CosineLength", "ExactMatch", "JSONSchema", "Judged", "Math", "MultipleChoice", "Own",
-    "Pattern", "Repetition", "Report", "Reward", "RewardError", "SoftOverlong", "ThinkFormat", "call", "made",
+    "REWARDS", "Asked", "Code", "CosineLength", "ExactMatch", "JSONSchema", "Judge", "Judged", "Math",
+    "MultipleChoice", "Own", "Pattern", "Repetition", "Report", "Reward", "RewardError", "SoftOverlong", "ThinkFormat",
+    "call", "made",
 ]  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jaxft.rewards import function as function_
-from jaxft.rewards.settings import Function, MissingColumn, Reward, Weighted
+from jaxft.rewards.settings import Function, MissingColumn, Reward, Unable, Weighted
 
 OWN_COLUMNS = ("prompt", "completion", "prompts", "completions", "trainer_state", "log_metric", "log_extra")
 """Columns of rows that a function is not given, for it has them already or they are something else."""
@@ -106,7 +106,7 @@ def call(
     asks = [_Ask(one, prompts, completions, rows, trainer_state) for one in functions]
     try:
         every = _asked(asks)
-    except MissingColumn as error:
+    except Unable as error:
         raise RewardError(str(error)) from None
     reports = tuple(report for answer in every for report in answer.reports)
     for one, answer in zip(functions, every, strict=True):
@@ -157,7 +157,7 @@ class _Ask:
         every = [*range(len(self.completions))]
         try:
             return self.checked(self.arguments(every)(), every)
-        except MissingColumn:
+        except Unable:
             raise
         except Exception as error:
             if len(every) == 1:
@@ -179,7 +179,7 @@ class _Ask:
             return self.checked(await asyncio.wait_for(self.arguments(every)(), self.asked.timeout), every)
         except TimeoutError:
             return self.failed(TimeoutError(f"no answer within {self.asked.timeout} s"), None)
-        except MissingColumn:
+        except Unable:
             raise
         except Exception as error:
             if len(every) == 1:

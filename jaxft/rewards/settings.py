@@ -46,8 +46,12 @@ def check_tags(tags: tuple[str, str]) -> None:
         raise ValueError(f"tags: got {list(tags)}; expected two texts such as <think> and </think>")
 
 
-class MissingColumn(ValueError):
-    """A reward asks for a column that the rows have not: the run's fault, not a completion's."""
+class Unable(ValueError):
+    """What a reward cannot work with: the run's fault, not a completion's."""
+
+
+class MissingColumn(Unable):
+    """A reward asks for a column that the rows have not."""
 
 
 def column(columns: Mapping[str, Sequence[Any]], name: str, key: str) -> Sequence[Any]:
