@@ -20,9 +20,10 @@ from rich.table import Table
 
 from jaxft import data, peft
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, forgetting, heads, precision, summary, target
+from jaxft.cli import answers, assemble, forgetting, heads, judging, precision, rollouts, summary, target
 from jaxft.cli import others as others_
 from jaxft.cli.target import Target
+from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import DataConfig, Examples, Loader
 from jaxft.data import examples as examples_
@@ -75,6 +76,8 @@ def command(args: argparse.Namespace) -> int:
     model, params = target.load(found, mesh)
     heads.refuse_scorer(config, model)
     how = assemble.execution(dataclasses.replace(config, train=dataclasses.replace(config.train, unroll="never")), mesh)
+    if rollouts.wanted(config):
+        return _on_prompts(args, config, model, params, how)
     examples, form, source = held_out(
         config.data, model, OBJECTIVES[config.objective.name].rows, slots.prompt_length(params)
     )
@@ -95,6 +98,24 @@ def command(args: argparse.Namespace) -> int:
         _show_reliability(table)
     if products and not args.json:
         precision.show_products(products)
+    return 0
+
+
+def _on_prompts(args: argparse.Namespace, config: RunConfig, model: Model, params: tree.Params, how: Execution) -> int:
+    """Measures a policy that has learnt from its own completions: its rewards and exact match, on prompts."""
+    for flag, given in (("--shots", args.shots), ("--products", args.products)):
+        if given:
+            raise ConfigError(f"{flag}: objective {config.objective.name} has prompts alone; leave it out")
+    rollouts.check(config)
+    console = Console(highlight=False, stderr=args.json)
+    source, said, values = judging.measured(config, model, params, how, args.limit, console)
+    values |= forgetting.measured(config, model, params, how)
+    if args.replies is not None:
+        answers.write(args.replies, 0, said, model.tokenizer)
+    if args.json:
+        print(json.dumps({"data": source, "examples": len(said), "replies": len(said), **values}))
+    else:
+        _show(source, said, values, said, args.samples)
     return 0
 
 
@@ -205,7 +226,9 @@ def _shots(config: DataConfig, count: int) -> list[Row]:
     return [row for row in found if isinstance(row, Row)]
 
 
-def _show(source: str, examples: Examples, values: dict[str, float], said: list[Reply], samples: int) -> None:
+def _show(
+    source: str, examples: Examples | list[Reply], values: dict[str, float], said: list[Reply], samples: int
+) -> None:
     console = Console(highlight=False, markup=False)
     table = Table(title=f"{source}: {len(examples):,} examples", title_justify="left", show_header=False)
     for name, value in values.items():

@@ -3,36 +3,32 @@ instead of a loader, rewards beside the answers to held-out prompts."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from jaxft import peft, rewards
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, forgetting, samples, single
+from jaxft.cli import answers, assemble, forgetting, judging, samples, single
 from jaxft.cli import job as job_
 from jaxft.cli.job import Job
 from jaxft.config import RunConfig
-from jaxft.core import tree
-from jaxft.data import DataConfig, Prompt, questions
+from jaxft.data import DataConfig, questions
 from jaxft.data.questions import Questions
 from jaxft.model import Model
 from jaxft.objectives import OBJECTIVES
 from jaxft.objectives.terms import Objective
-from jaxft.rollout import policy, replies
+from jaxft.rollout import policy
 from jaxft.rollout.config import RolloutConfig
-from jaxft.rollout.source import Rewards, Rows, Said, Source, combined
+from jaxft.rollout.source import Rows, Source
 from jaxft.sharding import mesh as mesh_
 from jaxft.training import loop, prefetch, step
 from jaxft.training.evaluate import Evaluator
-from jaxft.training.state import TrainState
 
-SHOWN_REPORTS = 3
 UNUSED = {
     "packing": "a rollout's sequences are padded to one width",
     "overlong": "a prompt that is too long is a bad row (data.on_error)",
@@ -82,7 +78,7 @@ def check(config: RunConfig) -> None:
             f"expected a multiple of the {rows} rows of a step (train.batch {config.train.batch} x train.accumulate "
             f"{config.train.accumulate})"
         )
-    if room(config) < 1:
+    if judging.room(config) < 1:
         raise ConfigError(
             f"`data.max_length`: got {config.data.max_length} for a prompt and its completion, of which "
             f"rollout.max_new_tokens takes {section.max_new_tokens}; raise it, or lower that"
@@ -106,11 +102,6 @@ def settled(config: RunConfig) -> RunConfig:
     if not wanted(config) or config.eval.metric != "loss":
         return config
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, metric="reward", goal="max"))
-
-
-def room(config: RunConfig) -> int:
-    """Tokens that a prompt may have."""
-    return config.data.max_length - config.rollout.max_new_tokens - assemble.virtual(config).get("prompt", 0)
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,7 @@ class Material:
 
 def material(config: RunConfig, base: Model) -> Material:
     """Reads the prompts."""
-    longest = room(config)
+    longest = judging.room(config)
     if base.config.learned_positions:
         slots = sum(assemble.virtual(config).values())
         longest = min(longest, base.config.max_positions - config.rollout.max_new_tokens - slots)
@@ -166,11 +157,10 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     begun = single.begin(config, base, material.steps, mesh, console, {})
     base, asked = begun.base, material.train.questions
     objective, settings = _objective(config), config.objective.value
-    functions = rewards.made(rewards.REWARDS, [(choice.name, choice.value) for choice in config.rewards])
     end = answers.ends(config, base)
-    judge = Judge(functions, base.tokenizer, end, config.rollout.stop, asked.columns, console)
+    judge = judging.judge(config, base, asked, console)
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
-    held = held_out(config, asked, base)
+    held = judging.held_out(config, asked)
     if held or general is not None:
         _refuse_metric(config, judge.rewards.names, bool(held))
     pad = base.tokenizer.eos_token_id if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id
@@ -202,7 +192,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
         if general is not None:
             found += [forgetting.evaluator(config, general, base, begun.dtype, begun.how, begun.frozen)]
         if held:
-            found += [evaluator(config, held, begun, judge, folder)]
+            found += [judging.evaluator(config, held, begun, judge, folder)]
         return source, found
 
     shardings = job_.shardings(begun.places, begun.models, mesh)
@@ -210,81 +200,6 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     finish = single.finisher(config, begun, console)
     rest = (begun.record, begun.optimizer, begun.flops)
     return Job(run, begun.first, begun.models, *rest, begin, finish, feed=prefetch.as_asked)
-
-
-class Judge:
-    """The reward functions of a run, and how completions come to them; what goes wrong there is said."""
-
-    def __init__(
-        self,
-        functions: Sequence[rewards.Asked],
-        tokenizer: Any,
-        end: Sequence[int],
-        stop: Sequence[str],
-        columns: Sequence[str],
-        console: Console,
-    ):
-        self.functions, self.columns, self.console = functions, columns, console
-        self.tokenizer, self.end, self.stop = tokenizer, end, stop
-        names, weights = tuple(one.name for one in functions), tuple(one.weight for one in functions)
-        self.rewards = Rewards(names, weights, self.completions)
-
-    def completions(self, prompts: Sequence[Prompt], made: Sequence[Any]) -> Said:
-        """Of completions in tokens."""
-        texts = [replies.spoken(self.tokenizer, completion.tokens, self.end, self.stop) for completion in made]
-        return self.texts(prompts, texts, [list(c.tokens) for c in made], [c.finished for c in made])
-
-    def texts(self, prompts: Sequence[Prompt], texts: list[str], ids: list[list[int]], finished: list[bool]) -> Said:
-        """Of completions in text."""
-        columns: dict[str, list[Any]] = {n: [prompt.columns.get(n) for prompt in prompts] for n in self.columns}
-        columns |= {"completion_ids": ids, "finished": finished}
-        judged = rewards.call(self.functions, [prompt.given for prompt in prompts], texts, columns)
-        beside: list[dict[str, Any]] = [
-            {name: values[i] for name, values in judged.extras.items()} for i in range(len(texts))
-        ]
-        for report in judged.reports:
-            if report.sample is not None:
-                beside[report.sample].setdefault("problems", []).append(f"{report.reward}: {report.problem}")
-        for report in judged.reports[:SHOWN_REPORTS]:
-            self.console.print(str(report), markup=False)
-        if (more := len(judged.reports) - SHOWN_REPORTS) > 0:
-            self.console.print(f"... and {more} more that rewards failed on")
-        return Said(texts, judged.values, beside, judged.metrics)
-
-
-def held_out(config: RunConfig, asked: Questions, base: Model) -> list[Prompt]:
-    """The held-out prompts that an evaluation answers. Raises ConfigError where exact match has nothing to compare."""
-    count = max(config.eval.samples, config.eval.exact_match, config.eval.rewards)
-    found = (asked.held_out or [])[:count]
-    without = [prompt.where for prompt in found[: config.eval.exact_match] if not prompt.answer]
-    if without:
-        raise ConfigError(f"`eval.exact_match`: {without[0]} has no `answer` to compare with; leave it out")
-    return found
-
-
-def evaluator(
-    config: RunConfig, prompts: Sequence[Prompt], begun: single.Begun, judge: Judge, folder: Path
-) -> Evaluator:
-    """``(step, state) -> metrics`` of greedy answers: ``exact_match`` (if asked for), ``reward``, the weighted sum of
-    all rewards, and ``rewards/NAME``; the first answers are appended to the run's samples."""
-
-    def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
-        params = tree.cast(policy.actor(tree.combine(state.trainable, begun.frozen)), begun.dtype)
-        said = answers.ask(config, params, prompts, begun.base, begun.how)
-        values = answers.tell(config, folder, step, said, begun.base.tokenizer)
-        judged = said[: config.eval.rewards]
-        if not judged:
-            return values
-        found = judge.texts(
-            [r.prompt for r in judged], [r.text for r in judged], [list(r.tokens) for r in judged],
-            [r.finished for r in judged],
-        ).values  # fmt: skip
-        total = combined(found, judge.rewards.weights)
-        each = {f"rewards/{name}": found[:, i] for i, name in enumerate(judge.rewards.names)}
-        known = {name: of for name, of in ({"reward": total} | each).items() if not np.isnan(of).all()}
-        return values | {name: float(np.nanmean(of)) for name, of in known.items()}
-
-    return evaluate
 
 
 def _refuse_metric(config: RunConfig, names: Sequence[str], held: bool) -> None:

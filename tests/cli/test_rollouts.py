@@ -97,6 +97,9 @@ def test_it_learns_what_is_rewarded(capsys, words, tmp_path):
     # the sampler and the trainer agree on the same weights, to float32 rounding
     assert 0 < first["sampling/sampling_logp_difference/max"] < 1e-4
 
+    code, out, err = jaxft(capsys, "eval", run, "--json")
+    assert code == 0 and json.loads(out)["reward"] == pytest.approx(held[-1], abs=1e-6), err
+
     code, out, err = jaxft(capsys, "samples", run, "--json", "--step", 6, "--limit", 5)
     table = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(table) == 5 and {row["step"] for row in table} == {5}
@@ -148,12 +151,19 @@ def test_an_answer_of_the_data_is_a_column_and_exact_match(capsys, words, tmp_pa
     assert code == 2 and "no samples" in err
 
 
+def test_jaxft_data_shows_prompts_and_their_columns(capsys, words):
+    code, out, err = jaxft(capsys, "data", *words[1:], "--rows", 1)
+    assert code == 0, err
+    assert "Say" in out and "<|im_start|>assistant" in out and "answer:" in out and "6 prompts of" in out
+
+
 @pytest.mark.parametrize("more, told", [
     (["rewards=[]"], "`rewards` must be given"),
     (["train.batch=24"], "4 prompts x 4 samples are 16 completions; expected a multiple of the 24 rows"),
     (["objective=sft"], "`rollout`: objective sft learns from data and not from rollouts"),
     (["data.packing=wrapped"], "`data.packing`: got wrapped"),
     (["data.max_length=8"], "`data.max_length`: got 8 for a prompt and its completion"),
+    (["objective=ppo"], "`objective.name`: ppo needs a value model"),
     (["reference.precompute=true"], "`reference.precompute`"),
     (["mesh.distributed=true"], "`mesh.distributed`"),
     (["rollout.temperature=0"], "rollout.temperature: got 0.0"),
