@@ -93,6 +93,30 @@ class TeacherSection:
 
 
 @dataclass(frozen=True)
+class ValueSection:
+    """The value model that PPO trains beside the policy. By default adapters of its own and a head that scores, on the
+    policy's very base: no second model is in memory."""
+
+    path: str | None = None
+    """What it begins from: the folder of a reward model's run, of its adapter or of the whole model, a hub id, or
+    value/ in the folder of an earlier run. An adapter on the policy's own base stays on that base; all else is a model
+    of its own, which must have the same tokenizer. A language model is given a head."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    quantize: Packing = "none"
+    """Few bits for the frozen weights of a model of its own."""
+    peft: tuple[Choice, ...] = fields.choice(
+        "method", _METHODS, "lora", "Fine-tuning method.", several=True, load=registry.find, optional=True
+    )
+    """What of it trains; the head always does. Default: the policy's methods on the policy's base, all of a model of
+    its own, and of an adapter that adapter."""
+    head: Literal["zeros", "normal"] = "zeros"
+    """Where a new head begins: zeros makes every value 0 at first, normal draws it as `transformers` does."""
+    save: bool = False
+    """Whether the value model is written at the end, to value/ in the run's folder: for another run to begin from."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -117,6 +141,8 @@ class RunConfig:
     {function: file.py:name} of one's own. Their weighted sum is learnt."""
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     """What a preference objective compares the policy with."""
+    value: ValueSection = field(default_factory=ValueSection)
+    """The value model of objective ppo."""
     teacher: TeacherSection = field(default_factory=TeacherSection)
     """The model that a distillation learns from."""
     optim: OptimConfig = field(default_factory=OptimConfig)

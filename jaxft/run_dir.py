@@ -22,6 +22,8 @@ CONFIG = "config.yaml"
 ADAPTER, WHOLE, BASE = "adapter", "model", "base"
 """Folders in it: the adapter that came out of the run, or the whole model where all of it was trained; and the base of
 that adapter where the run quantised it anew."""
+VALUE = "value"
+"""Folder in it of the value model, adapter or whole, where it is kept (`value.save`)."""
 MEMBERS = "members"
 """Folder of a sweep's members, a run's folder each but for the checkpoints, which the sweep has."""
 PIPELINE = "pipeline.yaml"

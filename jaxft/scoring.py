@@ -56,22 +56,22 @@ def reward_model(model: Model, key: jax.Array | None = None, *, init: Init = "no
         )
     if init == "normal" and key is None:
         raise ValueError("reward_model: init='normal' draws the head; give a key, jax.random.key(0), or init='zeros'")
+    made = headed(model, key, init=init)
+    raw = {name: value for name, value in model.raw.items() if name not in ("num_labels", "_num_labels")}
+    raw |= {"architectures": [ARCHITECTURES[family]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    raw |= {"problem_type": "regression", "pad_token_id": padding(model)}  # so that pipelines give the score as it is
+    return dataclasses.replace(made, raw=raw, own_tokenizer=model.tokenizer)
+
+
+def headed(model: Model, key: jax.Array | None = None, *, init: Init = "normal") -> Model:
+    """`reward_model` of any family and tokenizer: a value model, which `transformers` need not know."""
     config, names = families.scoring(model.config, model.names, 1)
     dtype, shape = tree.get(model.params, TOKENS).dtype, (config.hidden_size, 1)
     head = jnp.zeros(shape, dtype)
     if init == "normal":
         head = (model.raw.get("initializer_range", 0.02) * jax.random.normal(key, shape)).astype(dtype)  # type: ignore[arg-type]
-    raw = {name: value for name, value in model.raw.items() if name not in ("num_labels", "_num_labels")}
-    raw |= {"architectures": [ARCHITECTURES[family]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    raw |= {"problem_type": "regression", "pad_token_id": padding(model)}  # so that pipelines give the score as it is
-    return dataclasses.replace(
-        model,
-        config=config,
-        names=names,
-        params={**{name: part for name, part in model.params.items() if name != HEAD}, SCORE: head},
-        raw=raw,
-        own_tokenizer=model.tokenizer,
-    )
+    params = {**{name: part for name, part in model.params.items() if name != HEAD}, SCORE: head}
+    return dataclasses.replace(model, config=config, names=names, params=params)
 
 
 def check(model: Model) -> None:

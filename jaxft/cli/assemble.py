@@ -26,7 +26,7 @@ from jaxft.model import Model
 from jaxft.models import flops, slots
 from jaxft.models.decoder import Execution
 from jaxft.models.divergences import Divergence
-from jaxft.objectives import OBJECTIVES
+from jaxft.objectives import OBJECTIVES, terms
 from jaxft.objectives.terms import Objective
 from jaxft.peft import native, store
 from jaxft.rollout import anchored, members, score
@@ -36,6 +36,8 @@ from jaxft.training import by_source, optim, paged, prefetch, state
 from jaxft.training.optim import Optimizer
 from jaxft.training.state import TrainState
 
+Adapted = tuple[tree.Params, tree.Params, tree.Params]
+"""Parameters, what of them trains, and the default learning rate of that."""
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -101,9 +103,7 @@ def statistics(config: RunConfig, base: Model, prepared: Prepared, how: Executio
     return found
 
 
-def adapted(
-    config: RunConfig, base: Model, statistics: dict[str, Any] | None = None
-) -> tuple[tree.Params, tree.Params, tree.Params]:
+def adapted(config: RunConfig, base: Model, statistics: dict[str, Any] | None = None) -> Adapted:
     """The methods applied to the base: parameters, what of them trains, and the default learning rate of that.
 
     Raises AdapterError for what could not be saved once it is trained."""
@@ -118,16 +118,14 @@ def split(
     base: Model,
     mesh: Mesh | None,
     statistics: dict[str, Any] | None = None,
-    besides: Mapping[str, tree.Params] = MappingProxyType({}),
+    besides: Mapping[str, Adapted] = MappingProxyType({}),
 ) -> Split:
     """The methods applied to the base, and the parameters split into trained and frozen. ``besides``: what trains with
     the model and is no part of it."""
-    params, mask, rates = adapted(config, base, statistics)
-    first = peft.first_rate([choice.value for choice in config.peft])
-    params, mask = {**params, **besides}, {**mask, **jax.tree.map(lambda _: True, dict(besides))}
-    rates = {**rates, **jax.tree.map(lambda _: first, dict(besides))}
+    own = adapted(config, base, statistics)
+    changed = native.changed(own[0], base.params)
+    params, mask, rates = ({**part, **{n: b[i] for n, b in besides.items()}} for i, part in enumerate(own))
     trainable, frozen = tree.partition(params, mask)
-    changed = native.changed(params, base.params)
     if mesh is None:
         return Split(trainable, frozen, rates, None, changed)
     places = rules.shardings(params, mesh)
@@ -177,13 +175,27 @@ def temperature(config: RunConfig) -> float:
 
 def hooks(config: RunConfig, parts: Split, steps: int) -> Hooks:
     """What the methods do in each step besides the forward pass."""
-    params = tree.combine(parts.trainable, parts.frozen)
+    params = terms.actor(tree.combine(parts.trainable, parts.frozen))
     made = peft.hooks([choice.value for choice in config.peft], params, steps)
     if made is not hooks_.NONE and config.optim.name == "schedule_free":
         raise ValueError(
             "optim.name: schedule_free averages what the method changes in each step; choose another, such as adamw"
         )
-    return made
+    return made if made is hooks_.NONE or terms.CRITIC not in parts.trainable else _of_actor(made)
+
+
+def _of_actor(made: Hooks) -> Hooks:
+    """Hooks of the policy alone, where a value model trains beside it."""
+
+    def update(step: jax.Array, params: tree.Params, grads: tree.Params, own: Any) -> tuple[tree.Params, Any]:
+        after, own = made.update(step, terms.actor(params), terms.actor(grads), own)
+        return {**params, **after}, own
+
+    return Hooks(
+        lambda params: made.start(terms.actor(params)),
+        lambda params, grads: {**grads, **made.gradients(terms.actor(params), terms.actor(grads))},
+        update,
+    )
 
 
 def start(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxft.core import tree
 from jaxft.core.weight import Weight
 from jaxft.data import Loader, Prepared
 from jaxft.model import Model
-from jaxft.objectives import OBJECTIVES
+from jaxft.objectives import OBJECTIVES, terms
 from jaxft.objectives.terms import Means
 from jaxft.peft import store
 from jaxft.quant import FourBit
@@ -81,10 +82,23 @@ def material(config: RunConfig, base: Model) -> Material:
     return Material(prepared, train, held_out, loop.total_steps(config.train, train.batches_per_epoch))
 
 
-def handed_over(base: Model, frozen: tree.Params, unroll: bool) -> tuple[Model, tree.Params]:
-    """The frozen arrays as the step wants them, and the model without any of its own: they exist once."""
-    frozen = tree.split_layers(frozen, donate=True) if unroll else frozen
-    return dataclasses.replace(base, params=None), frozen
+def handed_over(
+    base: Model, frozen: tree.Params, unroll: bool, beside: Mapping[str, tree.Params] = MappingProxyType({})
+) -> tuple[Model, tree.Params, Mapping[str, tree.Params]]:
+    """The model without any arrays of its own, and the frozen ones as the step wants them: they exist once. ``beside``:
+    parameters of others, which may share them."""
+    if unroll:
+        known: dict[int, Any] = {}
+        frozen, beside = unrolled(frozen, known), {name: unrolled(each, known) for name, each in beside.items()}
+    return dataclasses.replace(base, params=None), frozen, beside
+
+
+def unrolled(params: tree.Params, known: dict[int, Any]) -> tree.Params:
+    """The parameters, a value model's too, with their layers apart; the stacks are freed. Trees that share stacks go on
+    sharing them, told by the same ``known``."""
+    made = tree.split_layers(params, donate=True, known=known)
+    inside = {name: unrolled(made[name], known) for name in (terms.CRITIC,) if name in made}
+    return {**made, **inside}
 
 
 def shardings(places: TrainState | None, frozen: Frozen, mesh: Mesh | None) -> Shardings | None:
@@ -110,10 +124,9 @@ def refuse_metric(config: RunConfig, sums: Means | None = None) -> None:
 def write(config: RunConfig, base: Model, params: tree.Params, changed: set[str], dtype: str, folder: Path) -> Path:
     """The adapter, or the whole model where only arrays of its own were trained; an earlier one is replaced.
 
-    An adapter that has its own four-bit base has that written beside it, as bitsandbytes stores it. Projections that a
-    distillation learnt besides are left out."""
-    changed = {path for path in changed if not path.startswith(f"{distil.PROJECTIONS}/")}
-    params = distil.without(params)
+    An adapter that has its own four-bit base has that written beside it, as bitsandbytes stores it. What trained beside
+    the model is left out: a value model, projections of a distillation."""
+    params = terms.actor(distil.without(params))
     if tree.adapters(params):
         out, source = folder / run_dir.ADAPTER, base.source if config.model.init == "pretrained" else None
         if anew := _packed_anew(params, changed):

@@ -17,7 +17,8 @@ from jaxft.data import Prompt, questions
 from jaxft.data.questions import Questions
 from jaxft.model import Model
 from jaxft.models.decoder import Execution
-from jaxft.rollout import policy, replies
+from jaxft.objectives import terms
+from jaxft.rollout import replies
 from jaxft.rollout.replies import Reply
 from jaxft.rollout.source import Rewards, Said, combined
 from jaxft.training.evaluate import Evaluator
@@ -104,7 +105,7 @@ def evaluator(
     all rewards, and ``rewards/NAME``; the first answers are appended to the run's samples."""
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
-        params = tree.cast(policy.actor(tree.combine(state.trainable, begun.frozen)), begun.dtype)
+        params = tree.cast(terms.actor(tree.combine(state.trainable, begun.frozen)), begun.dtype)
         said = answers.ask(config, params, prompts, begun.base, begun.how)
         values = answers.tell(config, folder, step, said, begun.base.tokenizer)
         return values | judge.means(said[: config.eval.rewards])

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from jaxft import data
+from jaxft import data, peft
 from jaxft import model as model_
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import hf, hub, tokenizer
@@ -136,14 +136,15 @@ def handed_over(others: dict[str, Model], unroll: bool) -> dict[str, tree.Params
     }
 
 
-def projected(config: RunConfig, base: Model, others: dict[str, Model]) -> dict[str, tree.Params]:
+def projected(config: RunConfig, base: Model, others: dict[str, Model]) -> dict[str, assemble.Adapted]:
     """What trains beside the model: projections of its hidden states to the teacher's, if they are compared."""
     settings = config.objective.value
     if not isinstance(settings, Distil) or not settings.hidden_layers:
         return {}
     key = jax.random.fold_in(jax.random.key(config.train.seed), 3)
     made = distil.project({}, base.config, others["teacher"].config, settings.hidden_layers, key)
-    return {distil.PROJECTIONS: made[distil.PROJECTIONS]}
+    made, first = made[distil.PROJECTIONS], peft.first_rate([choice.value for choice in config.peft])
+    return {distil.PROJECTIONS: (made, jax.tree.map(lambda _: True, made), jax.tree.map(lambda _: first, made))}
 
 
 def scorer(config: RunConfig, base: Model, how: Execution, others: dict[str, Model]) -> Score:

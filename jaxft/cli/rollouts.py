@@ -63,10 +63,6 @@ def check(config: RunConfig) -> None:
             f"`rewards` must be given: objective {name} learns from what reward functions say of completions; a list "
             f"such as [{{name: math}}] (there are {known}), or [{{function: file.py:name}}]"
         )
-    if "value" in _objective(config).asked(config.objective.value).views:
-        raise ConfigError(
-            f"`objective.name`: {name} needs a value model, which jaxft train does not make yet; use grpo"
-        )
     if config.sweep:
         raise ConfigError(f"`sweep`: members with rollouts of their own are not there yet; train {name} one by one")
     if config.mesh.distributed:

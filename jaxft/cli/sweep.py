@@ -62,7 +62,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     reserved = assemble.virtual(config).get("prompt", 0)
     general = forgetting.examples(config, base, reserved)
     constants, common = tree.partition(parts.frozen, differs)
-    base, common = job_.handed_over(base, common, how.unroll)
+    base, common, _ = job_.handed_over(base, common, how.unroll)
     frozen = tree.combine(constants, common)
     changed = one.changed
     del parts, one, common

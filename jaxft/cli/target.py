@@ -132,18 +132,23 @@ def _scoring(found: Target, model: Model, mesh: Mesh | None) -> Model:
 
 def load(found: Target, mesh: Mesh | None = None) -> tuple[Model, tree.Params]:
     """The model, and its parameters with the adapter on them; on a mesh if there is one."""
+    base = model(found, mesh)
+    params = base.params if found.adapter is None else model_.load_adapter(base, found.adapter)
+    return base, params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))
+
+
+def model(found: Target, mesh: Mesh | None = None) -> Model:
+    """The model, with the vocabulary and the head that its adapter is for, and without the adapter."""
     section = found.config.model
     if section.init == "random":
         raise ConfigError(
             f"model.init: random weights of {section.path} are not kept; give a model that is (model.init=pretrained)"
         )
     quant = found.config.quant
-    model = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh, quantize=quant)
+    made = model_.load(section.path, section.dtype, revision=section.revision, mesh=mesh, quantize=quant)
     brought = None if found.adapter is None else tokenizer.load(found.adapter)
     if brought is not None:
-        model = vocabulary.with_tokenizer(model, brought, section.vocab_multiple)
+        made = vocabulary.with_tokenizer(made, brought, section.vocab_multiple)
     elif section.new_tokens:
-        model = vocabulary.grow(model, section.new_tokens, section.vocab_multiple)
-    model = _scoring(found, vocabulary.padded_with(model, section.pad_token), mesh)
-    params = model.params if found.adapter is None else model_.load_adapter(model, found.adapter)
-    return model, params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))
+        made = vocabulary.grow(made, section.new_tokens, section.vocab_multiple)
+    return _scoring(found, vocabulary.padded_with(made, section.pad_token), mesh)

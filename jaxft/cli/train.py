@@ -17,7 +17,7 @@ from jaxft import config as config_
 from jaxft import run_dir
 from jaxft.border import reading
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, forgetting, members, rollouts, single, sweep
+from jaxft.cli import answers, assemble, critic, forgetting, members, rollouts, single, sweep
 from jaxft.cli import arguments as arguments_
 from jaxft.cli import job as job_
 from jaxft.cli import others as others_
@@ -74,6 +74,7 @@ def run(config: RunConfig) -> int:
     others_.check(config)
     forgetting.check(config)
     rollouts.check(config)
+    critic.check(config)
     config = rollouts.settled(config)
     run_dir.check(config)
     mesh = assemble.devices(config)

@@ -301,20 +301,27 @@ def dropout_keys(params: Params, key: jax.Array | None) -> Params:
     return map_weights(set_key, params)
 
 
-def split_layers(tree: Params, key: str = "layers", donate: bool = False) -> Params:
+def split_layers(
+    tree: Params, key: str = "layers", donate: bool = False, known: dict[int, tuple[Any, Split]] | None = None
+) -> Params:
     """Holds each stack of matrices under ``key`` as separate per-layer arrays (`Split`): for unrolled layers.
 
     Vectors and constants stay stacked: a slice of them costs nothing. Not so those of packed weights, which kernels
     read.
 
-    ``donate`` frees each stack once it is split, so that never more than one of them exists twice."""
+    ``donate`` frees each stack once it is split, so that never more than one of them exists twice. ``known`` notes by
+    identity what was split: trees that share stacks, split one after the other with the same, share the parts."""
+    known = {} if known is None else known
 
     def split(a: Any, least: int = 3) -> Any:
         if is_packed(a):
             return jax.tree.map(lambda part: split(part, 1), a, is_leaf=_is_stack)
         if _is_stack(a) or a.ndim < least:
             return a
+        if id(a) in known:
+            return known[id(a)][1]
         parts = Split(tuple(a[i] for i in range(a.shape[0])))
+        known[id(a)] = a, parts  # held, so that its id stays its own
         if donate:
             jax.block_until_ready(parts.parts)
             a.delete()

@@ -33,6 +33,12 @@ CRITIC = "critic"
 """Where a policy's parameters hold those of the value model."""
 
 
+def actor(params: Any) -> Any:
+    """A policy's parameters without those of the value model."""
+    known = isinstance(params, dict) and CRITIC in params
+    return {name: part for name, part in params.items() if name != CRITIC} if known else params
+
+
 Named = tuple[str, ...] | Callable[[Any], tuple[str, ...]]
 """Names, or a function from an objective's settings to names."""
 

@@ -28,11 +28,6 @@ Annotator = Callable[
 """``(state, rollout, running) -> (arrays to add, metrics, the next running quantities)``."""
 
 
-def actor(params: tree.Params) -> tree.Params:
-    """The policy's parameters without those of its value model."""
-    return {name: part for name, part in params.items() if name != terms.CRITIC}
-
-
 def sampler(
     config: RolloutConfig,
     model: ModelConfig,
@@ -49,7 +44,7 @@ def sampler(
     settings = GenerateConfig(**{name: getattr(config, name) for name in same})
 
     def sample(state: Any, prompts: Sequence[Prompt], seed: int) -> list[Completion]:
-        params = tree.cast(actor(tree.combine(state.trainable, base)), dtype)
+        params = tree.cast(terms.actor(tree.combine(state.trainable, base)), dtype)
         tasks = [prompt.task for prompt in prompts]
         return generate.generate(
             model, params, [prompt.tokens for prompt in prompts], dataclasses.replace(settings, seed=seed), end,
@@ -88,9 +83,10 @@ def annotator(
         def one(micro: Batch) -> dict[str, jax.Array]:
             found = {}
             if "old_logp" in needs:
-                found["old_logp"] = score("policy", actor(params), micro)["logp"]
+                found["old_logp"] = score("policy", terms.actor(params), micro)["logp"]
             if "ref_logp" in needs:
-                own = others["reference"] if "reference" in others else actor(tree.combine(start, base))
+                own = others.get("reference")
+                own = tree.combine(terms.actor(start), terms.actor(base)) if own is None else own
                 found["ref_logp"] = score("reference", own, micro)["logp"]
             if "value" in needs:
                 found["value"] = score("value", params[terms.CRITIC], micro)["value"]

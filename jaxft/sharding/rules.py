@@ -47,7 +47,9 @@ RULES: dict[str, str | None] = {
 
 
 def logical(path: str) -> Axes:
-    """Logical axes of the weight at ``path``. Raises ValueError for a path that no row of `LOGICAL` matches."""
+    """Logical axes of the weight at ``path``; a value model's are those of the same weight of the policy. Raises
+    ValueError for a path that no row of `LOGICAL` matches."""
+    path = path.removeprefix("critic/")
     for pattern, axes in LOGICAL:
         if re.search(pattern, path):
             return axes

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.core import tree
+from jaxft.objectives import terms
 from jaxft.training.optim import Optimizer
 
 
@@ -23,7 +24,8 @@ class TrainState(NamedTuple):
     trainable: tree.Params
     """float32 arrays with ``None`` where the base is frozen."""
     start: tree.Params | None
-    """``trainable`` as the stage began: the reference policy, and where penalties pull to. None where nothing asks."""
+    """``trainable`` as the stage began, without a value model: the reference policy, and where penalties pull to. None
+    where nothing asks."""
     opt_state: Any
     carry: Mapping[str, jax.Array]
     """Running quantities of the objective."""
@@ -62,7 +64,7 @@ def create(
     def init(trainable, key, carry, method_state, fisher):
         carry = {name: jnp.broadcast_to(value, key.shape) for name, value in carry.items()}
         values = jax.tree.map(lambda a: a.astype(jnp.float32), trainable)
-        start = values if reference or optimizer.penalty is not None else None
+        start = terms.actor(values) if reference or optimizer.penalty is not None else None
         return TrainState(
             jnp.zeros(key.shape, jnp.int32), values, start, optimizer.init(values), carry, method_state, key, fisher
         )

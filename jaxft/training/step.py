@@ -269,7 +269,7 @@ def _scores(
     for view in asked.views:
         with jax.named_scope(view):
             if view == "policy":
-                scores[view] = score(view, _actor(tree.combine(trainable, base)), batch, key)
+                scores[view] = score(view, terms.actor(tree.combine(trainable, base)), batch, key)
             elif view == "value":
                 scores[view] = score(view, tree.combine(trainable, base)[terms.CRITIC], batch, key)
             elif view == "reference" and "ref_logp" in batch:  # scored beforehand
@@ -277,7 +277,8 @@ def _scores(
             else:
                 known = dict(others)
                 if start is not None:
-                    known = dict.fromkeys(("reference", "start"), _actor(tree.combine(start, base))) | known
+                    begun = tree.combine(terms.actor(start), terms.actor(base))
+                    known = dict.fromkeys(("reference", "start"), begun) | known
                 if view not in known:
                     raise ValueError(
                         f"no parameters for the view {view!r}; the step has {', '.join(['policy', *known])}"
@@ -288,11 +289,6 @@ def _scores(
                 else:
                     scores[view] = said
     return scores
-
-
-def _actor(params: tree.Params) -> tree.Params:
-    """The policy's parameters without those of its value model."""
-    return {name: part for name, part in params.items() if name != terms.CRITIC}
 
 
 def _asides(
