@@ -38,8 +38,8 @@ def words(tiny, tmp_path):
         "train", f"model.path={tiny}", "model.dtype=float32", f"data.path={tmp_path / 'rows.jsonl'}",
         "data.max_length=48", "objective.name=ppo", "objective.kl_target=0.5", "objective.kl_horizon=20",
         f"rewards=[{{function: '{tmp_path / 'reward.py'}:even'}}]", "rollout.prompts=4", "rollout.samples=2",
-        "train.batch=8", "rollout.epochs=2", "rollout.max_new_tokens=6", "peft.rank=4", "optim.lr=0.01", "optim.schedule=constant",
-        "optim.warmup_steps=0", "train.steps=4", "checkpoint.every=1", "train.remat=none",
+        "train.batch=8", "rollout.epochs=2", "rollout.max_new_tokens=6", "peft.rank=4", "optim.lr=0.01",
+        "optim.schedule=constant", "optim.warmup_steps=0", "train.steps=4", "checkpoint.every=1", "train.remat=none",
         f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
 
