@@ -226,15 +226,16 @@ def _layers(
     """All layers, scanned by period or unrolled: (x, cache, outputs[len(capture), B, T, D] or None)."""
     config, execution = context.config, context.execution
     unroll = _unrolls(config, stack, execution)
+    outputs, held = [], context.cache
 
     def one(kind: Layer):
         def body(x, p, cached, i):
             return _layer(context, kind, p, x, cached, i)
 
-        whole = execution.remat == "none" and execution.gather is None
+        recomputes = execution.remat != "none" or execution.gather is not None
+        whole = held is not None or not recomputes  # a cache means no gradient, and wants to know its layer
         return body if whole else _remat(body, execution.remat, prevent_cse=unroll)
 
-    outputs, held = [], context.cache
     if unroll:
         for i, kind in enumerate(config.layers):
             x_BTD, held = one(kind)(x_BTD, tree.layer(stack, i), held, i)

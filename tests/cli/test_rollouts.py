@@ -139,10 +139,10 @@ def test_it_goes_on_exactly(capsys, words, tmp_path, monkeypatch):
 
 
 def test_an_answer_of_the_data_is_a_column_and_exact_match(capsys, words, tmp_path):
-    """A table reward and one of one's own by the answer; no sample is logged."""
+    """A table reward and one of one's own by the answer; layers apart, as on a GPU; no sample is logged."""
     own = f"{{function: '{tmp_path / 'reward.py'}:asked', weight: 0.5}}"
     more = [f"rewards=[{{name: exact_match, weight: 2}}, {own}]", "train.steps=1", "eval.exact_match=2"]
-    code, _, err = jaxft(capsys, *words, *more, "rollout.log_samples=0", "rollout.dynamic=true")
+    code, _, err = jaxft(capsys, *words, *more, "rollout.log_samples=0", "rollout.dynamic=true", "train.unroll=always")
     assert code == 0, err
     row = metrics(tmp_path / "run")[-1]
     assert {"eval_exact_match", "eval_reward", "eval_rewards/exact_match", "eval_rewards/asked"} <= row.keys()
