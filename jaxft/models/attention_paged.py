@@ -60,14 +60,19 @@ def attend(
 
 def has_kernel(q: jax.Array, held: jax.Array, mesh: Any) -> bool:
     """Whether the kernel does this case: 16-bit keys on one NVIDIA GPU from Ampere on, heads of a power of two."""
-    devices = jax.local_devices()
-    capability = str(getattr(devices[0], "compute_capability", ""))  # of an AMD GPU, a name
-    alone = len(devices) == jax.device_count() == 1 and (mesh is None or mesh.size == 1)
-    able = alone and re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
-    known = jax.__version__.rpartition(".")[0] in attention_choice.TESTED_JAX
+    able = on_one_gpu() and (mesh is None or mesh.size == 1)
     head, page = held.shape[5], held.shape[4]
     tiles = head & (head - 1) == 0 and 16 <= head <= 256 and page & (page - 1) == 0 and page >= 16
-    return able and known and tiles and held.dtype == q.dtype and q.dtype.itemsize == 2 and held.size < ADDRESSED
+    return able and tiles and held.dtype == q.dtype and q.dtype.itemsize == 2 and held.size < ADDRESSED
+
+
+def on_one_gpu() -> bool:
+    """Whether programs run on one NVIDIA GPU, from Ampere on, with a JAX that the kernels were tested on."""
+    devices = jax.local_devices()
+    capability = str(getattr(devices[0], "compute_capability", ""))  # of an AMD GPU, a name
+    able = re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8.0
+    known = jax.__version__.rpartition(".")[0] in attention_choice.TESTED_JAX
+    return able and known and len(devices) == jax.device_count() == 1
 
 
 def _on_a_gpu(
@@ -94,6 +99,8 @@ def kernel(
     *,
     splits: int | None = None,
     warps: int = 4,
+    stages: int = 2,
+    ahead: bool = True,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of a token a row to the first ``lengths`` int32[B] tokens of it, the last of which is the token itself:
@@ -110,11 +117,11 @@ def kernel(
     out_type = q_BNH.dtype if splits == 1 else jnp.float32
     shapes = [((splits, B, N, H), out_type), ((splits, B, N), jnp.float32), (k.shape, k.dtype), (v.shape, v.dtype)]
     out, lse, k, v = pl.pallas_call(
-        functools.partial(_kernel, pl, plgpu, scores),
+        functools.partial(_kernel, pl, plgpu, scores, ahead),
         grid=(B, K, splits),
         out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
         input_output_aliases={6: 2, 7: 3},
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
         name="paged_attention",
     )(layer[None], q_BNH, k_BKH, v_BKH, table_BM, lengths_B, k, v)
@@ -124,7 +131,9 @@ def kernel(
     return jnp.sum(out * weight[..., None], axis=0).astype(q_BNH.dtype), k, v
 
 
-def _kernel(pl, plgpu, scores: Scores, layer, q, k_new, v_new, table, lengths, k, v, out, lse, k_out, v_out) -> None:
+def _kernel(
+    pl, plgpu, scores: Scores, ahead, layer, q, k_new, v_new, table, lengths, k, v, out, lse, k_out, v_out
+) -> None:
     """One row, one head of keys, one part of the row: the online softmax over its pages."""
     row, head, part = (pl.program_id(i) for i in range(3))
     page, length, at = k.shape[3], lengths[row], layer[0]
@@ -142,28 +151,40 @@ def _kernel(pl, plgpu, scores: Scores, layer, q, k_new, v_new, table, lengths, k
         number = table[row, jnp.minimum(turn, table.shape[1] - 1)]
         return k[at, number, head], v[at, number, head]
 
-    def turn(i, carry):
-        peak, total, sums, keys, values = carry
-        coming, place = load(i + 1), i * page + jnp.arange(page, dtype=jnp.int32)
-        newest = (place == length - 1)[:, None]
-        keys, values = jnp.where(newest, own[0][None], keys), jnp.where(newest, own[1][None], values)
-        s = jnp.dot(asked, keys.T, preferred_element_type=jnp.float32) * scores.scale
+    def scored(products):
+        s = products * scores.scale
         if scores.softcap is not None:
             s = jnp.tanh(s / scores.softcap) * scores.softcap
-        s = jnp.where(((place < length) & (place >= least))[None], s * LOG2E, HIDDEN)
+        return s * LOG2E
+
+    def turn(i, carry):
+        peak, total, sums, *held = carry
+        keys, values = held if ahead else load(i)
+        coming, place = load(i + 1) if ahead else (), i * page + jnp.arange(page, dtype=jnp.int32)
+        s = scored(jnp.dot(asked, keys.T, preferred_element_type=jnp.float32))
+        s = jnp.where(((place < length - 1) & (place >= least))[None], s, HIDDEN)
         higher = jnp.maximum(peak, jnp.max(s, axis=1))
         p, fade = jnp.exp2(s - higher[:, None]), jnp.exp2(peak - higher)
+        p = jnp.where(s > HIDDEN, p, 0.0)  # where nothing is seen yet, HIDDEN is the highest
         sums = sums * fade[:, None] + jnp.dot(p.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return higher, total * fade + jnp.sum(p, axis=1), sums, *coming
 
     H = q.shape[2]
     start = (jnp.full((tall,), HIDDEN, jnp.float32), jnp.zeros((tall,), jnp.float32), jnp.zeros((tall, H), jnp.float32))
-    peak, total, sums, *_ = jax.lax.fori_loop(begin, end, turn, (*start, *load(begin)))
+    peak, total, sums, *_ = jax.lax.fori_loop(begin, end, turn, (*start, *(load(begin) if ahead else ())))
+    # the token itself, which the pages do not hold yet
+    keep = (length > 0) & (part == 0)
+    s = scored(jnp.sum(asked.astype(jnp.float32) * own[0][None].astype(jnp.float32), axis=1))
+    s = jnp.where(keep, s, HIDDEN)
+    higher = jnp.maximum(peak, s)
+    p, fade = jnp.where(keep, jnp.exp2(s - higher), 0.0), jnp.exp2(peak - higher)
+    peak, total = higher, total * fade + p
+    sums = sums * fade[:, None] + p[:, None] * own[1][None].astype(jnp.float32)
     seen = total > 0
     over = jnp.where(seen, total, 1.0)
     out[part, row, asking] = (sums / over[:, None]).astype(out.dtype)
     lse[part, row, asking] = jnp.where(seen, (peak + jnp.log2(over)) / LOG2E, HIDDEN)
-    newest, keep = jnp.maximum(length - 1, 0), (length > 0) & (part == 0)
+    newest = jnp.maximum(length - 1, 0)
     number, place = table[row, jax.lax.div(newest, page)], jax.lax.rem(newest, page)
     for new, pool in zip(own, (k_out, v_out), strict=True):
         plgpu.store(pool.at[at, number, head, place], new, mask=jnp.broadcast_to(keep, new.shape))
