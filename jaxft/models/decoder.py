@@ -334,36 +334,36 @@ def _attend(
     """Self-attention with its projections: (out_BTD, cache). ``prefix``: keys and values [2, n, K, H]."""
     config = context.config
     q_BTNH, k_BTKH, v_BTKH = _project(config, p, x_BTD)
-    if kind.rope is not None:
-        cos, sin = context.tables[kind.rope]
-        q_BTNH, k_BTKH = rope.rotate(q_BTNH, cos, sin), rope.rotate(k_BTKH, cos, sin)
-    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(a, n) for a, n in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v")))
-    if context.shared is not None:
-        q_BTNH, k_BTKH, v_BTKH = (unfold.whole(a, context.shared) for a in (q_BTNH, k_BTKH, v_BTKH))
+    table = None if kind.rope is None else context.tables[kind.rope]
     scale = kind.score_scale * (config.head_dim**-0.5 if config.attn_scale is None else config.attn_scale)
     if cached is not None and not cached.fresh:
         scores = attention_paged.Scores(scale, kind.window, config.attn_softcap)
-        given = (q_BTNH, k_BTKH, v_BTKH, context.positions_BT, context.kept_BT)
-        o_BTNH, cached = attention_paged.attend(cached, i, *given, scores, context.execution.mesh)
-    else:
-        if cached is not None:
-            cached = _remembered(context, cached, i, k_BTKH, v_BTKH, prefix)
-        segments_BT = context.segments_BT if cached is None else None  # fresh rows are padded on the right
-        o_BTNH = attention.attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            q_positions_BT=context.positions_BT,
-            k_positions_BS=context.positions_BT,
-            q_segments_BT=segments_BT,
-            k_segments_BS=segments_BT,
-            scale=scale,
-            window=kind.window,
-            softcap=config.attn_softcap,
-            backend=context.execution.backend,
-            mesh=context.execution.mesh,
-            prefix=None if prefix is None else (prefix[0], prefix[1]),
-        )
+        given = (q_BTNH, k_BTKH, v_BTKH, context.positions_BT, context.kept_BT, scores, context.execution.mesh, table)
+        o_BTNH, cached = attention_paged.attend(cached, i, *given)
+        return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ p["o"], cached
+    if table is not None:
+        q_BTNH, k_BTKH = rope.rotate(q_BTNH, *table), rope.rotate(k_BTKH, *table)
+    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(a, n) for a, n in ((q_BTNH, "q"), (k_BTKH, "k"), (v_BTKH, "v")))
+    if context.shared is not None:
+        q_BTNH, k_BTKH, v_BTKH = (unfold.whole(a, context.shared) for a in (q_BTNH, k_BTKH, v_BTKH))
+    if cached is not None:
+        cached = _remembered(context, cached, i, k_BTKH, v_BTKH, prefix)
+    segments_BT = context.segments_BT if cached is None else None  # fresh rows are padded on the right
+    o_BTNH = attention.attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        q_positions_BT=context.positions_BT,
+        k_positions_BS=context.positions_BT,
+        q_segments_BT=segments_BT,
+        k_segments_BS=segments_BT,
+        scale=scale,
+        window=kind.window,
+        softcap=config.attn_softcap,
+        backend=context.execution.backend,
+        mesh=context.execution.mesh,
+        prefix=None if prefix is None else (prefix[0], prefix[1]),
+    )
     if context.shared is not None:
         o_BTNH = unfold.back(o_BTNH, context.shared)
     return o_BTNH.reshape(*x_BTD.shape[:2], -1) @ p["o"], cached

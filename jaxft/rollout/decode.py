@@ -42,12 +42,14 @@ class Plan:
 class Turn(NamedTuple):
     """What a chunk reads of its rows, int32[B] or uint32[B, 2]."""
 
+    first_B: Any
+    """bool: the row begins; otherwise its token and what is left are those that the chunk before it ended with."""
     token_B: Any
     position_B: Any
     left_B: Any
     """Tokens still to be made; 0: nobody is here."""
     count_B: Any
-    """Tokens made."""
+    """Tokens made before."""
     key_B: Any
     adapter_B: Any
 
@@ -119,12 +121,15 @@ def copy(cache: Cache, source: Any, to: Any) -> Cache:
     return cache_.copy_pages(cache, source, to)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 7))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3, 8))
 def decode(
-    plan: Plan, chunk: int, params: tree.Params, cache: Cache, turn: Turn, knobs: Knobs, end_E: jax.Array,
+    plan: Plan, chunk: int, params: tree.Params, cache: Cache, turn: Turn, last_2B: jax.Array, knobs: Knobs,
+    end_E: jax.Array,
     occurred: Occurred | None,
-) -> tuple[Drawn, Cache, Any]:  # fmt: skip
-    """``chunk`` tokens in each row, [chunk, B]; a row that ended goes on without a trace."""
+) -> tuple[Drawn, jax.Array, Cache, Any]:  # fmt: skip
+    """``chunk`` tokens in each row, [chunk, B]; a row that ended goes on without a trace.
+
+    ``last`` int32[2, B]: the newest token of each row and how many are left, as the chunk before returned them."""
     params = uniform(slots.computed(params))
     if plan.stacked:
         params = many.for_rows(params, turn.adapter_B)
@@ -147,9 +152,11 @@ def decode(
             occurred = occurred[0], occurred[1].at[jnp.arange(B), drawn.token_B].add(here_B.astype(jnp.int32))
         return (drawn.token_B, left_B, occurred, cache), drawn
 
-    begun = (jnp.asarray(turn.token_B), jnp.asarray(turn.left_B), occurred, cache)
-    (_, _, occurred, cache), made = jax.lax.scan(one, begun, jnp.arange(chunk, dtype=jnp.int32))
-    return _everywhere(plan, made), _placed(plan, cache), occurred
+    newest_B, left_B = jnp.where(turn.first_B, jnp.stack([turn.token_B, turn.left_B]), last_2B)
+    steps = jnp.arange(chunk, dtype=jnp.int32)
+    (newest_B, left_B, occurred, cache), made = jax.lax.scan(one, (newest_B, left_B, occurred, cache), steps)
+    last_2B = _everywhere(plan, jnp.stack([newest_B, left_B]))
+    return _everywhere(plan, made), last_2B, _placed(plan, cache), occurred
 
 
 def nothing_occurred(plan: Plan) -> Occurred:

@@ -26,8 +26,12 @@ from jaxft.rollout.decode import Laid, Plan, Turn
 from jaxft.rollout.pages import Pages
 from jaxft.rollout.sample import Drawn, Knobs
 
-CHUNK = 32
+CHUNK = 16
 """Tokens that each row decodes before the host looks at them."""
+
+AHEAD = {"cpu": 0}
+"""Chunks that are sent before the host looks at the one that is due, so that the device never waits for it; elsewhere
+1. A row that ended is idle for as many more."""
 
 PREFILL = 32768
 """Tokens of prompts, padding included, that are read at once."""
@@ -56,6 +60,8 @@ class Sample:
     request: Request
     which: int
     pages: list[int]
+    sent: int = 0
+    """Tokens that the device was asked for."""
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     policy_logp: list[float] = field(default_factory=list)
@@ -69,6 +75,14 @@ class _Read:
     request: Request
     pages: list[int]
     begun: int = 0
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Tokens that are being made, and whose they are."""
+
+    made: Drawn
+    rows: list[Sample | None]
 
 
 @dataclass
@@ -96,39 +110,52 @@ class Engine:
         each = plan.rows // plan.shards
         self.shards = [Shard([None] * each, Pages(plan.pages)) for _ in range(plan.shards)]
         self.cache = decode.create(plan, params)
+        self.last = jnp.zeros((2, plan.rows), jnp.int32)
         self.occurred = decode.nothing_occurred(plan) if plan.sampling.penalties else None
 
     def run(self, requests: Sequence[Request], chunk: int = CHUNK) -> Iterator[Sample]:
         """All samples of all requests, in the order in which they end. ``chunk``: see `CHUNK`; each is compiled."""
         for number, request in enumerate(requests):
             self.shards[number % self.plan.shards].waiting.append(request)
-        while self._admit():
-            yield from self.turn(chunk)
+        ahead, flying = AHEAD.get(jax.default_backend(), 1), deque[_Chunk]()
+        while True:
+            self._admit()
+            if more := any(row is not None and row.sent < row.request.budget for row in self._rows()):
+                flying.append(self._send(chunk))
+            elif not flying:
+                return
+            if len(flying) > ahead or not more:
+                yield from self._hear(flying.popleft())
 
     def tokens(self, request: Request) -> Iterator[int]:
         """The tokens of a single sample, one by one."""
         self.shards[0].waiting.append(request)
         self._admit()
-        sample = next(row for row in self._rows() if row is not None)
-        done: list[Sample] = []
+        sample, done = next(row for row in self._rows() if row is not None), list[Sample]()
         while not done:
             told = len(sample.tokens)
-            done = self.turn(1)
+            done = self._hear(self._send(1))
             yield from sample.tokens[told:]
 
-    def turn(self, chunk: int) -> list[Sample]:
-        """Decodes ``chunk`` tokens in each row; the samples that ended."""
-        plan, rows = self.plan, self._rows()
+    def _send(self, chunk: int) -> "_Chunk":
+        """Asks the device for ``chunk`` more tokens in each row."""
+        rows = self._rows()
         columns = zip(*(_turn(row, self.prompt_length) for row in rows), strict=True)
         turn = Turn(*(np.array(column, kind) for column, kind in zip(columns, _KINDS, strict=True)))
         cache = self._with(self._table())
-        made, cache, self.occurred = decode.decode(
-            plan, chunk, self.params, cache, turn, self.knobs, self.end_E, self.occurred
-        )
+        given = (self.params, cache, turn, self.last, self.knobs, self.end_E, self.occurred)
+        made, self.last, cache, self.occurred = decode.decode(self.plan, chunk, *given)
         self._keep(cache)
-        told = jax.device_get(made)
+        for row in rows:
+            if row is not None:
+                row.sent += chunk
+        return _Chunk(made, rows)
+
+    def _hear(self, chunk: "_Chunk") -> list[Sample]:
+        """Waits for a chunk, and adds what it says to its samples; those that ended."""
+        told = jax.device_get(chunk.made)
         ends = np.isin(told.token_B, self.end_E)
-        return [done for i, row in enumerate(rows) if row is not None for done in self._hear(i, row, told, ends)]
+        return [row for i, row in enumerate(chunk.rows) if row is not None and self._heard(i, row, told, ends)]
 
     def _with(self, table: np.ndarray, fresh: bool = False) -> Cache:
         return Cache(self.cache.k, self.cache.v, jnp.asarray(table), fresh)
@@ -146,8 +173,10 @@ class Engine:
                 table[i, : len(row.pages)] = row.pages
         return table
 
-    def _hear(self, i: int, row: Sample, told: Drawn, ends: np.ndarray) -> list[Sample]:
-        """Adds what row ``i`` said to its sample; the sample, if that was its end. ``ends``: bool[chunk, B]."""
+    def _heard(self, i: int, row: Sample, told: Drawn, ends: np.ndarray) -> bool:
+        """Adds what row ``i`` said to its sample; whether that was its end. ``ends``: bool[chunk, B]."""
+        if row.finished or len(row.tokens) == row.request.budget:
+            return False  # it ended before this chunk
         said = min(len(ends), row.request.budget - len(row.tokens))
         if ends[:said, i].any():
             said, row.finished = int(ends[:, i].argmax()) + 1, True
@@ -157,23 +186,22 @@ class Engine:
             row.finished = True
             del row.tokens[length:], row.logp[length:], row.policy_logp[length:]
         if not row.finished and len(row.tokens) < row.request.budget:
-            return []
+            return False
         shard = self.shards[i // (self.plan.rows // self.plan.shards)]
         shard.rows[i % len(shard.rows)] = None
         shard.pages.give_back(row.pages)
-        return [row]
+        return True
 
     def _needs(self, request: Request) -> tuple[int, int]:
         """Full pages of what a prompt's samples share, and pages of one sample."""
         read = self._read_length(request)
         return read // self.plan.page, -(-(read + request.budget) // self.plan.page)
 
-    def _admit(self) -> bool:
-        """Reads prompts and begins samples where rows and pages are free; whether any row is at work."""
+    def _admit(self) -> None:
+        """Reads prompts and begins samples where rows and pages are free."""
         while self._reads():
             pass
         self._begin()
-        return any(row is not None for row in self._rows())
 
     def _reads(self) -> bool:
         """Reads the next prompts of each shard for which there is room, as one batch; whether there were any."""
@@ -274,7 +302,7 @@ class Engine:
 
 
 _WIDTHS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
-_KINDS = (np.int32, np.int32, np.int32, np.int32, np.uint32, np.int32)
+_KINDS = (bool, np.int32, np.int32, np.int32, np.int32, np.uint32, np.int32)
 
 
 def _width(longest: int) -> int:
@@ -290,7 +318,7 @@ def _left(reading: Sequence[_Read]) -> int:
 def _turn(row: Sample | None, before: int) -> tuple[Any, ...]:
     """A row's part of a `Turn`; ``before``: positions of a learnt prompt (those of a prefix are added in the model)."""
     if row is None:
-        return 0, 0, 0, 0, np.zeros(2, np.uint32), -1
-    made, request = len(row.tokens), row.request
-    token, position = row.tokens[-1] if made else request.prompt[-1], before + len(request.prompt) - 1 + made
-    return token, position, request.budget - made, made, request.keys[row.which], request.adapter
+        return True, 0, 0, 0, 0, np.zeros(2, np.uint32), -1
+    request, position = row.request, before + len(row.request.prompt) - 1 + row.sent
+    first = (row.sent == 0, request.prompt[-1], position, request.budget)
+    return *first, row.sent, request.keys[row.which], request.adapter

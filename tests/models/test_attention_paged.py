@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.models import attention_paged, cache
+from jaxft.models import attention_paged, cache, rope
 from jaxft.models.attention_paged import Scores
 from jaxft.models.cache import Cache
 
@@ -61,14 +61,31 @@ def test_one_token_a_row(given, name, scores, layer):
     out, after = attention_paged.attend(cached, layer, q, k_new, v_new, positions, keep, scores)
     expected = by_hand(cached, layer, q, k_new, v_new, scores)
     np.testing.assert_allclose(out[:, 0], expected, atol=1e-5)
+    heads = jnp.concatenate([q[:, 0], k_new[:, 0], v_new[:, 0]], axis=1)
+    pools = (cached.k[0][:, 0], cached.v[0][:, 0], jnp.int32(layer), cached.table, jnp.asarray(LENGTHS))
     for splits in (1, 3):
-        said, *pools = attention_paged.kernel(
-            q[:, 0], k_new[:, 0], v_new[:, 0], cached.k[0][:, 0], cached.v[0][:, 0], jnp.int32(layer), cached.table,
-            jnp.asarray(LENGTHS), scores, splits=splits, interpret=True,
-        )  # fmt: skip
+        said, *written = attention_paged.kernel(heads, None, *pools, scores, splits=splits, interpret=True)
         np.testing.assert_allclose(said, expected, atol=1e-5)
-        for pool, held in zip(pools, (after.k, after.v), strict=True):
+        for pool, held in zip(written, (after.k, after.v), strict=True):
             np.testing.assert_array_equal(pool, held[0][:, 0])
+
+
+def test_rotated_on_the_way(given):
+    """Queries and keys that are still to be rotated: as if they had been."""
+    cached, q, k_new, v_new = given
+    positions, keep = jnp.asarray(LENGTHS)[:, None] - 1, jnp.asarray(LENGTHS)[:, None] > 0
+    table = rope.table(rope.Rope(H), positions)
+    rotated = rope.rotate(q, *table), rope.rotate(k_new, *table)
+    expected, after = attention_paged.attend(cached, 0, *rotated, v_new, positions, keep, Scores(0.25))
+    got, written = attention_paged.attend(cached, 0, q, k_new, v_new, positions, keep, Scores(0.25), table=table)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    heads = jnp.concatenate([q[:, 0], k_new[:, 0], v_new[:, 0]], axis=1)
+    turned = tuple(a[:, 0] for a in table)
+    pools = (cached.k[0][:, 0], cached.v[0][:, 0], jnp.int32(0), cached.table, jnp.asarray(LENGTHS))
+    said, k, v = attention_paged.kernel(heads, turned, *pools, Scores(0.25), splits=2, interpret=True)
+    np.testing.assert_allclose(said, expected[:, 0], atol=1e-5)
+    np.testing.assert_allclose(k, after.k[0][:, 0], atol=1e-6)
+    np.testing.assert_array_equal(v, written.v[0][:, 0])
 
 
 def test_what_is_written_is_read_in_order_and_nothing_else_changes(given):

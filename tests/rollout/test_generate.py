@@ -58,6 +58,13 @@ def test_company_changes_nothing(model, alone, batch):
     assert len({c.finished for c in alone}) == 2 and len({len(c.tokens) for c in alone}) > 3
 
 
+def test_chunks_sent_ahead_change_nothing(model, alone, monkeypatch):
+    """What a row does after its end is not heard, and harms nobody."""
+    monkeypatch.setattr(engine, "AHEAD", {"cpu": 2})
+    how = {"samples": 2, "seeds": range(len(PROMPTS))}
+    same(generate.generate(model.config, model.params, PROMPTS, SAMPLED, END, **how), alone)
+
+
 def test_unrolled_layers(model, alone):
     params = tree.split_layers(model.params)
     how = {"samples": 2, "seeds": range(len(PROMPTS)), "execution": Execution(unroll=True)}
@@ -91,13 +98,13 @@ def test_a_prompt_is_read_once_for_all_its_samples(model, monkeypatch):
     monkeypatch.setattr(decode, "read", lambda plan, params, cache, laid: (
         read.update(prompts=int((laid.segments_RT.sum(1) > 0).sum())), real(plan, params, cache, laid))[1])  # fmt: skip
     held = []
-    real_turn = engine.Engine.turn
+    real_send = engine.Engine._send
 
-    def turn(self, chunk):
+    def send(self, chunk):
         held.append(sum(map(bool, self.shards[0].pages.holders)))
-        return real_turn(self, chunk)
+        return real_send(self, chunk)
 
-    monkeypatch.setattr(engine.Engine, "turn", turn)
+    monkeypatch.setattr(engine.Engine, "_send", send)
     prompt = [5 + i % 50 for i in range(40)]
     made = generate.generate(model.config, model.params, [prompt], GenerateConfig(8, 1.0, batch=4), (), samples=4)
     assert read["prompts"] == 1 and len({tuple(c.tokens) for c in made}) == 4
