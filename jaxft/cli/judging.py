@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxft import rewards
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, single
+from jaxft.cli import answers, assemble, reward_models, single
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import Prompt, questions
@@ -18,6 +18,7 @@ from jaxft.data.questions import Questions
 from jaxft.model import Model
 from jaxft.models.decoder import Execution
 from jaxft.objectives import terms
+from jaxft.rewards.settings import Reward
 from jaxft.rollout import replies
 from jaxft.rollout.replies import Reply
 from jaxft.rollout.source import Rewards, Said, combined
@@ -82,9 +83,11 @@ class Judge:
         return {name: float(np.nanmean(of)) for name, of in every.items() if not np.isnan(of).all()}
 
 
-def judge(config: RunConfig, base: Model, asked: Questions, console: Console) -> Judge:
-    """The judge of a run."""
-    functions = rewards.made(rewards.REWARDS, [(choice.name, choice.value) for choice in config.rewards])
+def judge(
+    config: RunConfig, base: Model, asked: Questions, console: Console, table: Mapping[str, Reward] = rewards.REWARDS
+) -> Judge:
+    """The judge of a run. ``table``: `rewards.REWARDS` with the models that the run has loaded."""
+    functions = rewards.made(table, [(choice.name, choice.value) for choice in config.rewards])
     return Judge(functions, base.tokenizer, answers.ends(config, base), config.rollout.stop, asked.columns, console)
 
 
@@ -128,4 +131,6 @@ def measured(
     said = answers.ask(config, params, prompts, base, how) if prompts else []
     values = answers.exact(said) if all(reply.prompt.answer for reply in said) else {}
     source = f"the part held out of {section.path}" if held else str(section.path)
-    return source, said, values | judge(config, base, asked, console).means(said)
+    models = reward_models.load(config, base, how.mesh)
+    table = models.table(models.params, base.params["embed"]["tokens"].dtype, how)
+    return source, said, values | judge(config, base, asked, console, table).means(said)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxft import peft, rewards
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, forgetting, judging, samples, single
+from jaxft.cli import answers, assemble, forgetting, judging, reward_models, samples, single
 from jaxft.cli import job as job_
 from jaxft.cli.job import Job
 from jaxft.config import RunConfig
@@ -62,6 +62,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"`rewards` must be given: objective {name} learns from what reward functions say of completions; a list "
             f"such as [{{name: math}}] (there are {known}), or [{{function: file.py:name}}]"
+        )
+    if not any(choice.value.weight for choice in config.rewards):
+        raise ConfigError(
+            "`rewards`: all have the weight 0, of rewards that are only watched; expected one that counts"
         )
     if config.sweep:
         raise ConfigError(f"`sweep`: members with rollouts of their own are not there yet; train {name} one by one")
@@ -150,11 +154,12 @@ def material(config: RunConfig, base: Model) -> Material:
 
 def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, console: Console) -> Job:
     """A single run on rollouts."""
-    begun = single.begin(config, base, material.steps, mesh, console, {})
+    models = reward_models.load(config, base, mesh)
+    begun = single.begin(config, base, material.steps, mesh, console, {}, models.params)
     base, asked = begun.base, material.train.questions
     objective, settings = _objective(config), config.objective.value
     end = answers.ends(config, base)
-    judge = judging.judge(config, base, asked, console)
+    judge = judging.judge(config, base, asked, console, models.table(begun.beside, begun.dtype, begun.how))
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
     held = judging.held_out(config, asked)
     if held or general is not None:

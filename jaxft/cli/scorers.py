@@ -7,6 +7,7 @@ anything else is a model of its own.
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from jaxft import model as model_
@@ -19,6 +20,7 @@ from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.model import Model
 from jaxft.rollout import distil
+from jaxft.sharding import rules
 
 
 class Scorer(NamedTuple):
@@ -32,9 +34,10 @@ class Scorer(NamedTuple):
     config: RunConfig
     """That of the run that made it, as far as it is known."""
 
-    def params(self) -> tree.Params:
+    def params(self, mesh: Mesh | None) -> tree.Params:
         """Its parameters, with the adapter on them."""
-        return self.model.params if self.adapter is None else model_.load_adapter(self.model, self.adapter)
+        params = self.model.params if self.adapter is None else model_.load_adapter(self.model, self.adapter)
+        return params if mesh is None else jax.device_put(params, rules.shardings(params, mesh))
 
 
 def find(

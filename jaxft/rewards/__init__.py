@@ -4,7 +4,7 @@
 of them of the completions of one rollout.
 """
 
-from jaxft.rewards import code, format, function, judge, length, math
+from jaxft.rewards import code, format, function, judge, length, math, model
 from jaxft.rewards.calling import Asked, Judged, Report, RewardError, call, made
 from jaxft.rewards.code import Code
 from jaxft.rewards.format import ExactMatch, JSONSchema, MultipleChoice, Pattern, ThinkFormat
@@ -12,6 +12,7 @@ from jaxft.rewards.function import Own
 from jaxft.rewards.judge import Judge
 from jaxft.rewards.length import CosineLength, Repetition, SoftOverlong
 from jaxft.rewards.math import Math
+from jaxft.rewards.model import RewardModel
 from jaxft.rewards.settings import Reward
 
 REWARDS: dict[str, Reward] = {
@@ -25,12 +26,13 @@ REWARDS: dict[str, Reward] = {
     "soft_overlong": Reward(SoftOverlong, length.overlong),
     "repetition": Reward(Repetition, length.repetition),
     "cosine_length": Reward(CosineLength, length.cosine),
+    "model": Reward(RewardModel, model.make),
     "judge": Reward(Judge, judge.make),
     "function": Reward(Own, function.make),
 }
 
 __all__ = [
     "REWARDS", "Asked", "Code", "CosineLength", "ExactMatch", "JSONSchema", "Judge", "Judged", "Math",
-    "MultipleChoice", "Own", "Pattern", "Repetition", "Report", "Reward", "RewardError", "SoftOverlong", "ThinkFormat",
-    "call", "made",
+    "MultipleChoice", "Own", "Pattern", "Repetition", "Report", "Reward", "RewardError", "RewardModel", "SoftOverlong",
+    "ThinkFormat", "call", "made",
 ]  # fmt: skip

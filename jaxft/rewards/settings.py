@@ -23,7 +23,7 @@ class Weighted:
     """What any reward may be told."""
 
     weight: float = 1.0
-    """Factor of this reward in the sum of all."""
+    """Factor of this reward in the sum of all. 0: it is only watched, beside those that are learnt."""
     on_error: Literal["none", "stop"] = "none"
     """What happens to a sample that the reward fails on (it raises, or gives NaN): none: it is reported and has no
     reward of this kind; stop: the run ends."""

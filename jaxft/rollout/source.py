@@ -273,10 +273,11 @@ class Source:
 
 
 def combined(values: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """The weighted sum of what functions said of each sequence, float32[N], from [N, F]; NaN where none did."""
-    said = ~np.isnan(values)
-    total = np.sum(np.where(said, values, 0) * np.array(weights, np.float32), axis=1)
-    return np.where(said.any(axis=1), total, np.nan)
+    """The weighted sum of what functions said of each sequence, float32[N], from [N, F]; NaN where none that counts
+    did."""
+    said, weight = ~np.isnan(values), np.array(weights, np.float32)
+    total = np.sum(np.where(said, values, 0) * weight, axis=1)
+    return np.where((said & (weight != 0)).any(axis=1), total, np.nan)
 
 
 def difference(arrays: Mapping[str, np.ndarray]) -> dict[str, float]:

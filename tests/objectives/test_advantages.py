@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from jaxft.objectives import advantages, ratios
+from jaxft.objectives import advantages, ratios, rollouts
+from jaxft.rollout import source
 
 NAN = np.nan
 
@@ -17,6 +18,15 @@ def test_groups_of_any_size_in_any_order():
     np.testing.assert_allclose(advantages.leave_one_out(reward, group), [-2, -3, NAN, 2, NAN, -3, 6])
     want = [2**0.5, 12**0.5, 0, 2**0.5, 2**0.5, 12**0.5, 12**0.5]
     np.testing.assert_allclose(advantages.group_deviation(reward, group), want, rtol=1e-6)
+
+
+def test_a_reward_that_is_only_watched_says_nothing_of_what_is_known():
+    """Weights 2, 0 and 1, on the device and on the host: of the second and last completion only what is watched says
+    anything, and nothing does."""
+    reward, weight = np.array([[1.0, 5, 3], [NAN, 5, NAN], [NAN, 5, 3], [NAN] * 3], np.float32), [2.0, 0.0, 1.0]
+    want = [5, NAN, 3, NAN]
+    np.testing.assert_array_equal(rollouts.combined(jnp.array(reward), jnp.array(weight)), want)
+    np.testing.assert_array_equal(source.combined(reward, weight), want)
 
 
 def test_generalised_by_hand():
