@@ -71,7 +71,7 @@ def decoupled(reward: jax.Array, weight: jax.Array, group: jax.Array) -> tuple[j
 
     each = jax.vmap(normalised, in_axes=1, out_axes=1)(reward)
     total = rollouts.weighted(each, weight)
-    total = jnp.where(jnp.all(jnp.isnan(reward) | (weight == 0), axis=1), jnp.nan, total)
+    total = jnp.where(jnp.all(jnp.isnan(reward) | (weight[None] == 0), axis=1), jnp.nan, total)
     deviation = rollouts.deviation(total)
     return (total - rollouts.mean(total)) / (deviation + EPSILON), jnp.broadcast_to(deviation, total.shape)
 

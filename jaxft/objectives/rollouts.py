@@ -27,7 +27,7 @@ def combined(reward: jax.Array, weight: jax.Array) -> jax.Array:
     """The weighted sum of what functions said of each sequence, float32[N]; NaN where none that counts said anything.
 
     reward: float32[N, F], NaN where a function said nothing; weight: float32[F], 0 of those that are only watched."""
-    return jnp.where(jnp.all(jnp.isnan(reward) | (weight == 0), axis=1), jnp.nan, weighted(reward, weight))
+    return jnp.where(jnp.all(jnp.isnan(reward) | (weight[None] == 0), axis=1), jnp.nan, weighted(reward, weight))
 
 
 def weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
