@@ -17,6 +17,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("jaxft.cli.train", "Fine-tune a model"),
     "run": ("jaxft.cli.run", "Run the stages of a pipeline, each on the model of the one before"),
     "teach": ("jaxft.cli.teach", "Let a teacher answer prompts, and keep what a verifier passes to train on"),
+    "critique": ("jaxft.cli.critique", "Let a judge criticise and revise replies by a constitution, to train on"),
+    "judge": ("jaxft.cli.judge", "Let a judge compare replies by a constitution, and write preferences to train on"),
     "generate": ("jaxft.cli.generate", "Answer prompts"),
     "chat": ("jaxft.cli.chat", "Talk with a model in the terminal"),
     "rank": ("jaxft.cli.rank", "Let a person put answers in order, and write preferences to train on"),

@@ -28,7 +28,8 @@ from jaxft.border import check
 from jaxft.border.errors import ConfigError
 from jaxft.checkpoint import state
 from jaxft.cli import arguments as arguments_
-from jaxft.cli import child, handover, stages, summary, teach
+from jaxft.cli import child, feedback, handover, stages, summary, teach
+from jaxft.cli import written as written_
 from jaxft.cli.stages import Pipeline, Stage
 
 MARK = "complete.json"
@@ -136,8 +137,8 @@ def check_folder(pipeline: Pipeline, start: str | None) -> int:
 
 def differences(stage: Stage) -> list[str]:
     """What of the config of a complete stage is another than it was, but for what made no difference."""
-    if stage.kind == "generate":
-        return teach.differences(stage.folder, stage.config)
+    if stage.kind != stages.TRAIN:
+        return written_.differences(stage.folder, stage.config)
     before = check.plain(config_.load(stage.folder / run_dir.CONFIG))
     free = tuple(key for key in state.MAY_CHANGE if key not in LONGER)
     return state.differences(before, check.plain(stage.config), free)
@@ -168,13 +169,13 @@ def _run(stage: Stage, console: Console) -> int:
                 return code
     console.rule(told(stage))
     _await(stage.folder, console)
-    if stage.kind == "generate":
-        teach.refuse_other(stage.folder, stage.config)
+    if stage.kind != stages.TRAIN:
+        written_.refuse_other(stage.folder, stage.config)
         run_dir.keep(stage.folder, run_dir.CONFIG, config_.dump(stage.config))
     else:
         run_dir.check(stage.config)
         run_dir.write(stage.config)
-    begun, verb = time.monotonic(), {"train": "train", "generate": "teach"}[stage.kind]
+    begun, verb = time.monotonic(), "teach" if stage.kind == "generate" else stage.kind
     if code := start([verb, str(stage.folder / run_dir.CONFIG)]):
         return code
     if not stage.result.exists():
@@ -227,12 +228,12 @@ def show(console: Console, pipeline: Pipeline) -> None:
     console.print(table)
     last = pipeline.stages[-1]
     made = f"The last of them: {last.result}"
-    talk = last.kind == "train" and not last.scores
+    talk = last.kind == stages.TRAIN and not last.scores
     console.print(f"{made}\nNext: jaxft chat {last.folder}" if talk else made)
 
 
 def rows(stage: Stage) -> list[tuple[str, str, str, str]]:
-    """Held-out metrics of a stage before and after it; of one that generates, what it wrote."""
+    """Held-out metrics of a stage before and after it; of one that writes rows, what it wrote."""
     if stage.kind == "generate":
         with (stage.folder / teach.SAMPLES).open(encoding="utf-8") as lines:
             every = [sample for line in lines for sample in json.loads(line)["samples"]]
@@ -243,6 +244,11 @@ def rows(stage: Stage) -> list[tuple[str, str, str, str]]:
             ("passed", "", f"{passed:.1%}", ""),
             ("rows", "", f"{kept:,}", ""),
         ]
+    if stage.kind != stages.TRAIN:
+        report = json.loads((stage.folder / feedback.REPORT).read_text(encoding="utf-8"))
+        numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
+        shown = {name: f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for name, value in numbers.items()}
+        return [(name.replace("_", " "), "", value, "") for name, value in shown.items()]
     found = summary.evaluations(stage.folder)
     if not found:
         return [("not evaluated", "", "", "")]

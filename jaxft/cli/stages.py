@@ -22,12 +22,21 @@ from jaxft import recipes, run_dir
 from jaxft.border import check, fields, reading
 from jaxft.border.errors import ConfigError
 from jaxft.border.reading import Source, Typed
-from jaxft.cli import forgetting, handover, others
+from jaxft.cli import forgetting, handover, others, written
+from jaxft.cli.critique import CritiqueConfig
 from jaxft.cli.handover import MERGED, Take
+from jaxft.cli.judge import JudgeConfig
 from jaxft.cli.teach import TeachConfig
 from jaxft.config import RunConfig
 
-KINDS: dict[str, type] = {"train": RunConfig, "generate": TeachConfig}
+TRAIN = "train"
+KINDS: dict[str, type] = {
+    TRAIN: RunConfig,
+    "generate": TeachConfig,
+    "critique": CritiqueConfig,
+    "judge": JudgeConfig,
+}
+"""The config of each kind of stage; all but those that train write rows."""
 TOP, OWN = ("run_dir", "defaults", "stages"), ("kind", "config", "take")
 STAGE = "stage:"
 """What a value begins with that names an earlier stage: `stage:teacher` is the model it made, or the rows that it
@@ -44,7 +53,7 @@ class Stage:
     take: Take
     folder: Path
     config: Any
-    """RunConfig, or TeachConfig of a stage that generates."""
+    """That of its kind."""
     before: "Stage | None"
     """The stage whose model it takes."""
     merges: tuple[Path, ...]
@@ -55,7 +64,7 @@ class Stage:
     @property
     def scores(self) -> bool:
         """Whether it trains a reward model."""
-        return self.kind == "train" and handover.scores(self.config)
+        return self.kind == TRAIN and handover.scores(self.config)
 
     @property
     def new_tokens(self) -> tuple[str, ...]:
@@ -70,8 +79,8 @@ class Stage:
     @property
     def result(self) -> Path:
         """What is there when it has ended."""
-        if self.kind == "generate":
-            return self.folder / "rows.jsonl"
+        if self.kind != TRAIN:
+            return self.folder / written.ROWS
         return self.folder / (run_dir.WHOLE if handover.whole(self.config) else run_dir.ADAPTER)
 
 
@@ -121,27 +130,28 @@ def read(file: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 def _stage(source: Source, file: Path, name: str, folder: Path, every: Sequence[str], made: Sequence[Stage]) -> Stage:
     own = _below(source, ("stages", name))
-    kind = str(_opened(own.values.get("kind", "train")))
+    kind = str(_opened(own.values.get("kind", TRAIN)))
     if kind not in KINDS:
         raise ConfigError(f"`kind`: got {kind!r}; expected one of {', '.join(KINDS)}")
     wanted = {field.name for field in fields.fields(KINDS[kind])}
-    written = _written(_opened(own.values.get("config")), file)
+    base = _written(_opened(own.values.get("config")), file)
     take = _opened(own.values.get("take"))
     own = Source({key: value for key, value in own.values.items() if key not in OWN}, own.places)
     if taken := [key for key in ("run_dir", "resume", "sweep") if key in own.values]:
         raise ConfigError(f"`{taken[0]}`: a stage has none of its own; leave it out")
     shared = _below(source, ("defaults",))
     shared = Source({key: value for key, value in shared.values.items() if key in wanted}, shared.places)
-    laid = _laid(_laid(shared, written), own)
+    laid = _laid(_laid(shared, base), own)
     reading.over(laid, [word for word in every if word.split("=")[0].split(".")[0] in wanted])
     laid.values |= {"run_dir": str(folder), "resume": True}
     merges = list[Path]()
     laid.values = _resolved(laid.values, made, merges)
-    before = next((stage for stage in reversed(made) if stage.kind == "train"), None)
+    before = next((stage for stage in reversed(made) if stage.kind == TRAIN), None)
     left = ()
-    if kind == "generate":
+    if kind != TRAIN:
         if take not in (None, "none"):
-            raise ConfigError(f"`take`: got {take!r}; a stage that generates names its model itself: teacher.path")
+            key = "teacher.path" if kind == "generate" else "policy.path"
+            raise ConfigError(f"`take`: got {take!r}; a stage that writes rows names its model itself: {key}")
         how: Take = "none"
     else:
         how = handover.how(take, None if before is None else before.config)
@@ -224,7 +234,7 @@ def _resolved(value: Any, made: Sequence[Stage], merges: list[Path]) -> Any:
         raise ConfigError(f"{value!r}: no stage {name!r} before this one; there are {[s.name for s in made] or 'none'}")
     if rest:
         return str(found.folder / rest)
-    if found.kind == "generate":
+    if found.kind != TRAIN:
         return str(found.result)
     if found.model != found.result:
         handover.refuse_merge(found.config, found.name)

@@ -21,11 +21,9 @@ from rich.console import Console
 
 from jaxft import config as config_
 from jaxft import run_dir
-from jaxft.border import check, fields, reading
+from jaxft.border import fields
 from jaxft.border.errors import ConfigError
-from jaxft.checkpoint import state
-from jaxft.cli import arguments as arguments_
-from jaxft.cli import assemble, judgements, prompting
+from jaxft.cli import assemble, judgements, prompting, written
 from jaxft.cli.prompting import Speaker
 from jaxft.cli.target import Target
 from jaxft.config import Packing, RunConfig
@@ -38,8 +36,7 @@ from jaxft.rollout.verify import Judge, Sample, Verdict, VerifyConfig
 from jaxft.sharding import mesh as mesh_
 from jaxft.sharding.mesh import MeshConfig
 
-SAMPLES, ROWS = "samples.jsonl", "rows.jsonl"
-MAY_CHANGE = ("run_dir", "resume", "mesh")
+SAMPLES = "samples.jsonl"
 Columns = Mapping[str, Mapping[str, Any]]
 """Of each row, by its place in the data."""
 
@@ -96,40 +93,18 @@ class TeachConfig:
     @property
     def run(self) -> RunConfig:
         """The teacher as other verbs know a model."""
-        section = self.teacher
-        model = {"path": section.path, "revision": section.revision, "dtype": section.dtype}
-        values = {"model": model, "quant": {"method": section.quantize}}
-        made = check.build(RunConfig, reading.Source(values))
+        made = written.model(self.teacher)
         return dataclasses.replace(made, data=self.data, generate=self.generate, mesh=self.mesh)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the config and `--resume`."""
-    arguments_.add_config(parser)
-    parser.set_defaults(root=TeachConfig)
-    parser.add_argument("--resume", action="store_true", help="go on with what is in run_dir (resume=true)")
-    parser.add_argument("--dry-run", action="store_true", help="check the config, print all of it, and do nothing else")
+    written.arguments(parser, TeachConfig)
 
 
 def command(args: argparse.Namespace) -> int:
     """Asks, judges, writes."""
-    file, overrides = arguments_.split(args.words)
-    config = load(file, [*overrides, *(["resume=true"] if args.resume else [])])
-    if args.dry_run:
-        print(dump(config), end="")
-        return 0
-    return run(config)
-
-
-def load(file: Path | None, overrides: Sequence[str] = ()) -> TeachConfig:
-    """The config of a file and overrides. Raises ConfigError."""
-    config = check.build(TeachConfig, reading.read(file, overrides))
-    return config if config.run_dir else dataclasses.replace(config, run_dir=f"runs/{file.stem if file else 'teach'}")
-
-
-def dump(config: TeachConfig) -> str:
-    """The whole config as YAML, which `load` reads back to an equal one."""
-    return config_.dump(config)
+    return written.command(args, "teach", run)
 
 
 def run(config: TeachConfig) -> int:
@@ -138,14 +113,14 @@ def run(config: TeachConfig) -> int:
         raise ConfigError("`data.path` must be given: prompts of one source, data.path=prompts.jsonl")
     judge = _judge(config.verify.function)
     folder, console = Path(str(config.run_dir)), Console(highlight=False, markup=False)
-    refuse_other(folder, config)
+    written.refuse_other(folder, config)
     mesh_.start(config.mesh)
     mesh = mesh_.create(config.mesh) if len(jax.devices()) > 1 else None
-    rows, written = questions.rows_of(config.data, "tokens", config.data.limit)
+    rows, form = questions.rows_of(config.data, "tokens", config.data.limit)
     speaker = prompting.load(
         Target(config.run, None if not config.teacher.adapter else Path(config.teacher.adapter)), mesh
     )
-    prompts = questions.prompts(rows, written, config.data, speaker.tokenizer)
+    prompts = questions.prompts(rows, form, config.data, speaker.tokenizer)
     if not prompts:
         raise ConfigError(f"`data.path`: {config.data.path} holds no prompts; expected rows with a `prompt`, or chats")
     fields = {row.where: row.fields for row in rows}
@@ -155,7 +130,7 @@ def run(config: TeachConfig) -> int:
     how = assemble.execution(config.run, mesh)
     first = jax.process_index() == 0
     if first:
-        run_dir.keep(folder, run_dir.CONFIG, dump(config))
+        run_dir.keep(folder, run_dir.CONFIG, config_.dump(config))
     with run_dir.held(folder) if first else contextlib.nullcontext():
         done = _done(folder / SAMPLES, prompts, config)
         if done:
@@ -170,26 +145,9 @@ def run(config: TeachConfig) -> int:
             console.print(f"No answer passed, so there is nothing to train on; {folder / SAMPLES} says why of each.")
             return 1
         if first:
-            run_dir.put(folder / ROWS, "".join(map(_line, made)))
-    console.print(f"{len(made)} rows in {folder / ROWS}; every sample and its verdict in {folder / SAMPLES}")
+            run_dir.put(folder / written.ROWS, "".join(map(_line, made)))
+    console.print(f"{len(made)} rows in {folder / written.ROWS}; every sample and its verdict in {folder / SAMPLES}")
     return 0
-
-
-def refuse_other(folder: Path, config: TeachConfig) -> None:
-    """Raises ConfigError for a folder that holds something else than this run, begun."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / run_dir.CONFIG).is_file():
-        raise ConfigError(f"`run_dir`: {folder} is not empty and holds no run; choose another folder, or empty it")
-    if not config.resume:
-        raise ConfigError(f"`run_dir`: {folder} holds a run; go on with it (--resume) or choose another run_dir")
-    if changed := differences(folder, config):
-        raise ConfigError("\n".join([f"`run_dir`: the run in {folder} cannot go on with another config:", *changed]))
-
-
-def differences(folder: Path, config: TeachConfig) -> list[str]:
-    """What of the config in a folder differs, but for what may."""
-    return state.differences(check.plain(load(folder / run_dir.CONFIG)), check.plain(config), MAY_CHANGE)
 
 
 def _answered(

@@ -89,17 +89,16 @@ def make(config: Judge) -> Function:
         got = "nothing" if config.model is None else "model, which the command line loads (jaxft train)"
         raise ValueError(f"endpoint: got {got}; expected endpoint: {{url: ..., model: ...}}")
     client, ledger = endpoint.Client(config.endpoint), Ledger(None if config.cache is None else Path(config.cache))
-    return by(config, lambda: (client, ledger))
+    return by(config, client, ledger)
 
 
-def by(config: Judge, opened: Callable[[], tuple[Asked, Ledger]]) -> Function:
-    """The reward by any judge, which is opened when it is first asked. Raises ConfigError."""
+def by(config: Judge, asked: Asked, ledger: Ledger) -> Function:
+    """The reward by any judge. Raises ConfigError."""
     read = constitution.read(config.constitution, rated=config.method == "pointwise", least=config.principles)
 
     def judge(
         prompts: Sequence[Any], completions: Sequence[str], log_metric: Callable[..., None], **columns: Sequence[Any]
     ) -> list[Any]:
-        asked, ledger = opened()
         texts = [answers.parts(text, config.tags)[1] or "" for text in completions]
         drawn = [read.chosen(prompt, config.seed, config.principles) for prompt in prompts]
         try:
@@ -157,9 +156,8 @@ def told(found: Sequence[verdicts.Comparison]) -> dict[str, float]:
     asked = sum(len(one.orders) for one in known)
     metrics = {"no_answer": 1.0 - len(known) / len(found)} if found else {}
     if known:
-        metrics |= {
-            "confidence": sum(one.confidence for one in known) / len(known),
-            "order_decided": sum(one.swayed for one in known) / max(asked, 1),
-            "first_favoured": sum(one.leaning for one in known) / len(known),
-        }
+        metrics["confidence"] = sum(one.confidence for one in known) / len(known)
+    if asked:
+        metrics["order_decided"] = sum(one.swayed for one in known) / asked
+        metrics["first_favoured"] = sum(one.leaning * len(one.orders) for one in known) / asked
     return metrics

@@ -124,8 +124,9 @@ class Ledger:
         with self._lock:
             self.open()
             names = [identity(judge, question) for question in questions]
+            first = dict(zip(reversed(names), reversed(questions), strict=True))
             new = [name for name in dict.fromkeys(names) if name not in self.known]
-            asked = [questions[names.index(name)] for name in new]
+            asked = [first[name] for name in new]
             failed = dict[str, Failure]()
             try:
                 for number, answer in judge.answers(asked) if asked else ():
