@@ -17,7 +17,7 @@ from jaxft.cli import feedback, written
 from jaxft.cli.feedback import Begun, FeedbackConfig
 from jaxft.data import Prompt
 from jaxft.rewards.feedback import questions
-from jaxft.rewards.feedback.asking import Failure
+from jaxft.rewards.feedback.asking import Answer, Failure
 from jaxft.rewards.feedback.constitution import Principle
 
 
@@ -27,6 +27,8 @@ class CritiqueConfig(FeedbackConfig):
 
     rounds: int = 1
     """How often each reply is criticised and revised, by another principle each time."""
+    finished: bool = True
+    """Whether revisions that were cut at judge.max_new_tokens are left out."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -45,13 +47,13 @@ class Trace:
     problem: str = ""
     """Why it is left out."""
 
-    def heard(self, answer: Any, what: str) -> str:
-        """The text of an answer; notes what is wrong with it."""
+    def heard(self, answer: Answer | Failure, what: str, ended: bool = False) -> str:
+        """The text of an answer; notes what is wrong with it. ``ended``: whether it must have ended by itself."""
         if isinstance(answer, Failure):
             self.problem = f"no {what}: {answer}"
             return ""
         text = feedback.final(answer.text)
-        if not text or (what == "revision" and not answer.finished):
+        if not text or (ended and not answer.finished):
             self.problem = f"{what} empty" if not text else f"{what} cut at judge.max_new_tokens"
         return text
 
@@ -110,7 +112,7 @@ def _traces(config: CritiqueConfig, begun: Begun, prompts: Sequence[Prompt]) -> 
             for trace, seed in left
         ])  # fmt: skip
         for (trace, _), answer in zip(left, said, strict=True):
-            revision = trace.heard(answer, "revision")
+            revision = trace.heard(answer, "revision", config.finished)
             made = {"critique": wrong[id(trace)], "revision": revision}
             trace.rounds.append({"principle": trace.principles[turn].name, "before": trace.text, **made})
             trace.text = revision

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from jaxft.border.errors import ConfigError
 from jaxft.rewards.feedback import questions as questions_
 from jaxft.rewards.feedback.asking import Answer, Failure, Question, Unreachable
-from jaxft.rewards.feedback.transport import Gone, Sender
+from jaxft.rewards.feedback.transport import Gone, Refused, Sender
 
 GIVEN_UP = 3
 """Questions in a row that got no answer at all, after which none is asked any more."""
@@ -115,27 +115,34 @@ class Client:
         return about | {"temperature": self.writing.temperature, "tokens": self.writing.max_new_tokens}
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[int, Answer | Failure]]:
-        """See `asking.Judge`."""
-        stop, gone = threading.Event(), 0
+        """See `asking.Judge`. What is under way when something ends the asking is still waited for: it is paid."""
+        stop, gone, ended = threading.Event(), 0, None
         pool = concurrent.futures.ThreadPoolExecutor(self.config.concurrency, "judge")
         try:
             futures = {pool.submit(self._answer, question, stop): i for i, question in enumerate(questions)}
             for future in concurrent.futures.as_completed(futures):
-                answer = future.result()
+                answer = None if future.cancelled() else future.result()
                 gone = gone + 1 if isinstance(answer, Gone) else 0
-                yield futures[future], answer
-                if gone == GIVEN_UP:
-                    raise Unreachable(f"{answer}; {gone} questions in a row got no answer, so no more are asked")
+                if isinstance(answer, Answer) or (isinstance(answer, Failure) and ended is None):
+                    yield futures[future], answer
+                if ended is None and (gone == GIVEN_UP or isinstance(answer, Refused)):
+                    said = f"{answer}; {gone} questions in a row got no answer, so no more are asked"
+                    ended = answer if isinstance(answer, Refused) else Unreachable(said)
+                    stop.set()
+                    for other in futures:
+                        other.cancel()
+            if ended is not None:
+                raise ended
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, question: Question, stop: threading.Event) -> Answer | Failure:
+    def _answer(self, question: Question, stop: threading.Event) -> Answer | Failure | Refused:
         labels = question.labels
         try:
             return self.sender.send(self._body(question), lambda said: read(said, labels), stop)
-        except Failure as failure:
-            return failure
+        except (Failure, Refused) as problem:
+            return problem
 
     def _body(self, question: Question) -> dict[str, Any]:
         config, writing = self.config, self.writing
