@@ -10,8 +10,6 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxft import rewards
-from jaxft.border.fields import Choice
 from jaxft.checkpoint import identity
 from jaxft.cli import assemble, prompting, written
 from jaxft.cli.prompting import Speaker
@@ -24,9 +22,12 @@ from jaxft.rewards import judge
 from jaxft.rewards.feedback.asking import Answer, Failure, Ledger, Question
 from jaxft.rewards.feedback.endpoint import Client, Writing
 from jaxft.rewards.judge import Local
+from jaxft.rewards.settings import Function, Reward
 from jaxft.rollout import choice, generate, replies
 from jaxft.rollout.generate import GenerateConfig
 
+NAME = "judge"
+"""Of such a reward in the table."""
 LEDGER = "judgements.jsonl"
 """File of a run's folder: all that judges were asked and answered."""
 
@@ -153,12 +154,12 @@ def local(section: Local, mesh: Mesh | None, writing: Writing | None = None) -> 
     return Model(speaker, about, assemble.execution(config, mesh), section.batch, writing or Writing())
 
 
-def functions(chosen: Sequence[Choice], folder: Path | None, mesh: Mesh | None) -> tuple[rewards.Asked, ...]:
-    """The reward functions of a run. Judges that are models are loaded; what judges say is kept in the run's folder, or
-    (None) in memory. Raises ConfigError and CheckpointError."""
+def table(known: Mapping[str, Reward], folder: Path | None, mesh: Mesh | None) -> dict[str, Reward]:
+    """A table of rewards with one whose judge may be a model, which is then loaded. What judges say is kept in the
+    run's folder, or (None) in memory. Raises ConfigError and CheckpointError when it is made."""
     ledgers: dict[Path | None, Ledger] = {}
 
-    def made(config: judge.Judge) -> Any:
+    def made(config: judge.Judge) -> Function:
         file = None if folder is None else folder / LEDGER
         file = file if config.cache is None else Path(config.cache)
         ledger = ledgers.setdefault(file, Ledger(file))
@@ -168,5 +169,4 @@ def functions(chosen: Sequence[Choice], folder: Path | None, mesh: Mesh | None) 
             return judge.by(config, local(config.model, mesh), ledger)
         return judge.make(config)  # says what is missing
 
-    table = {**rewards.REWARDS, "judge": rewards.Reward(judge.Judge, made)}
-    return rewards.made(table, [(one.name, one.value) for one in chosen])
+    return {**known, NAME: Reward(judge.Judge, made)}

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from jaxft import rewards
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, reward_models, single
+from jaxft.cli import answers, assemble, judge_models, reward_models, single
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import Prompt, questions
@@ -133,4 +133,5 @@ def measured(
     source = f"the part held out of {section.path}" if held else str(section.path)
     models = reward_models.load(config, base, how.mesh)
     table = models.table(models.params, base.params["embed"]["tokens"].dtype, how)
+    table = judge_models.table(table, None, how.mesh)
     return source, said, values | judge(config, base, asked, console, table).means(said)

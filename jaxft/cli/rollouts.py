@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxft import peft, rewards
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, forgetting, judging, reward_models, samples, single
+from jaxft.cli import answers, assemble, forgetting, judge_models, judging, reward_models, samples, single
 from jaxft.cli import job as job_
 from jaxft.cli.job import Job
 from jaxft.config import RunConfig
@@ -159,7 +159,9 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     base, asked = begun.base, material.train.questions
     objective, settings = _objective(config), config.objective.value
     end = answers.ends(config, base)
-    judge = judging.judge(config, base, asked, console, models.table(begun.beside, begun.dtype, begun.how))
+    table = models.table(begun.beside, begun.dtype, begun.how)
+    table = judge_models.table(table, Path(str(config.run_dir)), mesh)
+    judge = judging.judge(config, base, asked, console, table)
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
     held = judging.held_out(config, asked)
     if held or general is not None:

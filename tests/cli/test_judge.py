@@ -8,10 +8,12 @@ import math
 import pytest
 import yaml
 
+from jaxft import rewards
 from jaxft.cli import judge, judge_models
 from jaxft.cli.judge import JudgeConfig
 from jaxft.cli.teach import AnsweringTeacher
 from jaxft.rewards.feedback import constitution
+from jaxft.rewards.judge import Judge, Local
 from tests.cli.commands import jaxft
 from tests.rewards.feedback.stub import Reply, said, serving
 from tests.rewards.feedback.test_verdicts import replies
@@ -174,13 +176,9 @@ def test_refusals(capsys, settings, tmp_path):
 
 def test_a_model_as_reward(tiny, tmp_path):
     """Handed in by the command line: the same answers as the verb's judge, written beside the run."""
-    from jaxft import rewards
-    from jaxft.border.fields import Choice
-    from jaxft.rewards.judge import Judge, Local
-
     local = Local(path=str(tiny), dtype="float32", batch=4)
-    chosen = [Choice("judge", Judge(model=local)), Choice("judge", Judge(model=local, method="pointwise", weight=0.5))]
-    functions = judge_models.functions(chosen, tmp_path, None)
+    chosen = [("judge", Judge(model=local)), ("judge", Judge(model=local, method="pointwise", weight=0.5))]
+    functions = rewards.made(judge_models.table(rewards.REWARDS, tmp_path, None), chosen)
     found = rewards.call(functions, ["p", "p", "q", "q"], ["one", "another", "one", "two"], {})
     assert not found.reports and found.values.shape == (4, 2)
     wins, ratings = found.values.T
@@ -189,3 +187,22 @@ def test_a_model_as_reward(tiny, tmp_path):
     records = written(tmp_path, "judgements.jsonl")
     assert collections.Counter(record["asks"] for record in records) == {"compare": 4, "rate": 4}
     assert records[0]["judge"]["weights"] and records[0]["judge"]["model"] == str(tiny)
+
+
+def test_a_policy_learns_from_a_judge(capsys, settings, tiny, tmp_path):
+    """In the loop of GRPO: win-rates within each group, kept beside the run."""
+    with serving(by_length) as stub:
+        code, _, err = jaxft(
+            capsys, "train", f"model.path={tiny}", "model.dtype=float32", f"data.path={tmp_path / 'prompts.jsonl'}",
+            "data.max_length=64", "objective=grpo", "train.batch=8", "train.steps=1", "rollout.prompts=2",
+            "rollout.samples=4", "rollout.max_new_tokens=6", f"run_dir={tmp_path / 'run'}", "eval.samples=0",
+            f"rewards=[{{name: judge, endpoint: {json.dumps(stub.settings())}}}]",
+        )  # fmt: skip
+        assert code == 0, err
+        assert 0 < len(stub.seen) <= 2 * 2 * 6
+        asked = len(stub.seen)
+    assert len(written(tmp_path / "run", "judgements.jsonl")) == asked
+    [first, *_] = written(tmp_path / "run", "metrics.jsonl")
+    assert first["reward"] == pytest.approx(0.5)  # a win-rate within groups
+    for row in written(tmp_path / "run", "rollouts.jsonl"):
+        assert 0.1 - 1e-6 <= row["rewards"]["judge"] <= 0.9 + 1e-6
