@@ -4,6 +4,7 @@
 one for a terminal. What is compiled depends on the number of rows and the longest prompt, rounded up.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.core import many, tree
+from jaxft.core import indexed, many, tree
 from jaxft.models import decoder, slots
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
@@ -22,6 +23,9 @@ from jaxft.rollout.decode import Plan
 from jaxft.rollout.engine import Engine, Request, Stop
 from jaxft.rollout.sample import Knobs, Sampling
 from jaxft.sharding import mesh as mesh_
+
+UNROLLED = 32
+"""Layers that generation on a CPU unrolls, at most."""
 
 KEYS = "threefry2x32"
 """The random numbers of draws, whatever the rest of the program uses: a seed means the same everywhere."""
@@ -203,6 +207,8 @@ def _engine(
     config: ModelConfig, params: tree.Params, settings: GenerateConfig, end: Sequence[int], execution: Execution,
     longest: int, samples: int, stacked: bool, stop: Stop | None,
 ) -> Engine:  # fmt: skip
+    if jax.default_backend() == "cpu" and config.num_layers <= UNROLLED and not _looked_up(params):
+        execution = dataclasses.replace(execution, unroll=True)  # a scan copies the cache in every layer there
     shards = mesh_.row_shards(execution.mesh)
     rows = -(-min(settings.batch, samples) // shards) * shards
     page = decode.page_of()
@@ -211,6 +217,11 @@ def _engine(
     each = rows // shards
     plan = Plan(config, execution, settings.sampling, rows, shards, page, width, each * (width + 1), stacked)
     return Engine(plan, params, settings.knobs, end, stop)
+
+
+def _looked_up(params: tree.Params) -> bool:
+    """Whether a scan reads packed layers where they lie."""
+    return any(map(indexed.is_indexed, jax.tree.leaves(indexed.in_place(params["layers"]), is_leaf=indexed.is_indexed)))
 
 
 def _rounded(length: int) -> int:
