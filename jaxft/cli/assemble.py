@@ -259,7 +259,8 @@ def own_reference(config: RunConfig) -> bool:
     """Whether the policy as the run began is scored, in each step or of each rollout."""
     asked = OBJECTIVES[config.objective.name].asked(config.objective.value)
     own = config.reference.path is None and not config.reference.precompute
-    return "start" in asked.views or (own and ("reference" in asked.views or "ref_logp" in asked.rollout_needs))
+    compared = "reference" in asked.views or "ref_logp" in asked.rollout_needs or config.eval.kl
+    return "start" in asked.views or (own and compared)
 
 
 def virtual(config: RunConfig) -> dict[str, int]:

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from jaxft import rewards
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, judge_models, reward_models, single
+from jaxft.cli import answers, assemble, judge_models, reward_models, single, watching
+from jaxft.cli.watching import Watch
 from jaxft.config import RunConfig
 from jaxft.core import tree
 from jaxft.data import Prompt, questions
@@ -19,7 +20,7 @@ from jaxft.model import Model
 from jaxft.models.decoder import Execution
 from jaxft.objectives import terms
 from jaxft.rewards.settings import Reward
-from jaxft.rollout import replies
+from jaxft.rollout import diversity, replies
 from jaxft.rollout.replies import Reply
 from jaxft.rollout.source import Rewards, Said, combined
 from jaxft.training.evaluate import Evaluator
@@ -70,7 +71,8 @@ class Judge:
             self.console.print(str(report), markup=False)
         if (more := len(judged.reports) - SHOWN_REPORTS) > 0:
             self.console.print(f"... and {more} more that rewards failed on")
-        return Said(texts, judged.values, beside, judged.metrics)
+        varied = diversity.metrics([watching.spoken(each, self.end) for each in ids])
+        return Said(texts, judged.values, beside, {**judged.metrics, **varied})
 
     def means(self, said: Sequence[Reply]) -> dict[str, float]:
         """Of answers: ``reward`` and ``rewards/NAME``; what no function says anything of is left out."""
@@ -102,16 +104,18 @@ def held_out(config: RunConfig, asked: Questions) -> list[Prompt]:
 
 
 def evaluator(
-    config: RunConfig, prompts: Sequence[Prompt], begun: single.Begun, judge: Judge, folder: Path
+    config: RunConfig, prompts: Sequence[Prompt], begun: single.Begun, judge: Judge, folder: Path, watch: Watch
 ) -> Evaluator:
     """``(step, state) -> metrics`` of greedy answers: ``exact_match`` (if asked for), ``reward``, the weighted sum of
-    all rewards, and ``rewards/NAME``; the first answers are appended to the run's samples."""
+    all rewards, ``rewards/NAME``, and what is watched beside them; the first answers are appended to the run's
+    samples."""
 
     def evaluate(step: int, state: TrainState) -> Mapping[str, float]:
         params = tree.cast(terms.actor(tree.combine(state.trainable, begun.frozen)), begun.dtype)
         said = answers.ask(config, params, prompts, begun.base, begun.how)
         values = answers.tell(config, folder, step, said, begun.base.tokenizer)
-        return values | judge.means(said[: config.eval.rewards])
+        judged = said[: config.eval.rewards]
+        return values | judge.means(judged) | watch.metrics(state, params, judged)
 
     return evaluate
 
@@ -134,4 +138,5 @@ def measured(
     models = reward_models.load(config, base, how.mesh)
     table = models.table(models.params, base.params["embed"]["tokens"].dtype, how)
     table = judge_models.table(table, None, how.mesh)
-    return source, said, values | judge(config, base, asked, console, table).means(said)
+    found = values | judge(config, base, asked, console, table).means(said)
+    return source, said, found | watching.described(said, answers.ends(config, base))

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jaxft import peft, rewards
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, forgetting, judge_models, judging, reward_models, samples, single
+from jaxft.cli import answers, assemble, forgetting, judge_models, judging, reward_models, samples, single, watching
 from jaxft.cli import job as job_
 from jaxft.cli.job import Job
 from jaxft.config import RunConfig
@@ -52,6 +52,7 @@ def _objective(config: RunConfig) -> Objective:
 def check(config: RunConfig) -> None:
     """Raises ConfigError where the sections `rollout` and `rewards` do not fit the rest, before anything is read."""
     name, section = config.objective.name, config.rollout
+    watching.check(config, wanted(config))
     if not wanted(config):
         for key, given in (("rollout", section != RolloutConfig()), ("rewards", bool(config.rewards))):
             if given:
@@ -164,6 +165,7 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     judge = judging.judge(config, base, asked, console, table)
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
     held = judging.held_out(config, asked)
+    harmless = watching.harmless(config, base, judging.room(config)) if held else []
     if held or general is not None:
         _refuse_metric(config, judge.rewards.names, bool(held))
     pad = base.tokenizer.eos_token_id if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id
@@ -195,7 +197,8 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
         if general is not None:
             found += [forgetting.evaluator(config, general, base, begun.dtype, begun.how, begun.frozen)]
         if held:
-            found += [judging.evaluator(config, held, begun, judge, folder)]
+            watch = watching.Watch(config, begun, harmless)
+            found += [judging.evaluator(config, held, begun, judge, folder, watch)]
         return source, found
 
     shardings = job_.shardings(begun.places, begun.models, mesh)
