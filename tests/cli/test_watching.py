@@ -79,7 +79,7 @@ def test_side_by_side_for_grpo_too(capsys, tiny, tmp_path):
 
     for more, told in ((["eval.refusals=[no]"], "`eval.refusals`: nothing is asked without eval.harmless"),
                        (["eval.harmless=gone.jsonl"], "eval.harmless")):  # fmt: skip
-        code, _, err = run_(capsys, *words, *more)
+        code, _, err = run_(capsys, *words, *more, f"run_dir={tmp_path / 'other'}")
         assert code and told in err, err
     words = [word for word in words if not word.startswith(("rewards", "rollout", "objective"))]
     code, _, err = run_(capsys, *words, "objective=sft")
