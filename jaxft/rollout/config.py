@@ -1,6 +1,7 @@
 """The `rollout` section: what an on-policy run samples, and how often it trains on it."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class RolloutConfig:
     """Of the draws. The order of the prompts has its own, data.seed."""
     batch: int = 128
     """Completions generated together: as one ends, the next takes its place."""
+    merge: Literal["auto", "always", "never"] = "auto"
+    """Whether completions are sampled from a copy of the weights with the adapters worked in, where they can be: faster
+    and off from the adapted model by rounding (sampling/sampling_logp_difference tells it). auto: on a GPU."""
     dynamic: bool = False
     """Whether prompts whose completions all have the same reward, of which nothing can be learnt, give their place to
     the next prompts: dynamic sampling, Yu et al. 2025 (arXiv:2503.14476), section 3.2."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxft.core import tree
 from jaxft.data.prompts import Prompt
+from jaxft.models import attention_paged
 from jaxft.models.config import ModelConfig
 from jaxft.models.decoder import Execution
 from jaxft.objectives import terms
@@ -42,6 +43,7 @@ def sampler(
     ``config.stop``."""
     same = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "batch")
     settings = GenerateConfig(**{name: getattr(config, name) for name in same})
+    merge = config.merge == "always" or (config.merge == "auto" and attention_paged.on_one_gpu())
 
     def sample(state: Any, prompts: Sequence[Prompt], seed: int) -> list[Completion]:
         params = tree.cast(terms.actor(tree.combine(state.trainable, base)), dtype)
@@ -49,6 +51,7 @@ def sampler(
         return generate.generate(
             model, params, [prompt.tokens for prompt in prompts], dataclasses.replace(settings, seed=seed), end,
             execution=execution, tasks=tasks if any(tasks) else None, samples=config.samples, tokenizer=tokenizer,
+            merge=merge,
         )  # fmt: skip
 
     return sample
