@@ -167,7 +167,9 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     held = judging.held_out(config, asked)
     harmless = watching.harmless(config, base, judging.room(config)) if held else []
     if held or general is not None:
-        _refuse_metric(config, judge.rewards.names, bool(held))
+        beside = [choice.value for choice in config.rewards]
+        alone = [n for n, one in zip(judge.rewards.names, beside, strict=True) if not _compares(one)]
+        _refuse_metric(config, alone, bool(held))
     pad = base.tokenizer.eos_token_id if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id
     rows = Rows(
         config.train.batch * config.train.accumulate,
@@ -208,11 +210,21 @@ def job(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, c
     return Job(run, begun.first, begun.models, *rest, begin, finish, feed=prefetch.as_asked)
 
 
+def _compares(reward: Any) -> bool:
+    """Whether a reward says nothing of a single completion."""
+    return isinstance(reward, rewards.Judge) and reward.compares
+
+
 def _refuse_metric(config: RunConfig, names: Sequence[str], held: bool) -> None:
-    """Raises ConfigError for an `eval.metric` that the run will not evaluate."""
+    """Raises ConfigError for an `eval.metric` that the run will not evaluate. ``names``: of rewards of one answer."""
     known = list(forgetting.METRICS) if config.eval.general is not None else []
     if held:
         known += ["exact_match"] if config.eval.exact_match else []
-        known += ["reward", *(f"rewards/{name}" for name in names)] if config.eval.rewards else []
-    if known and config.eval.metric not in known:
-        raise ConfigError(f"`eval.metric`: got {config.eval.metric!r}; this run evaluates {', '.join(sorted(known))}")
+        known += ["reward", *(f"rewards/{name}" for name in names)] if config.eval.rewards and names else []
+    if config.eval.metric not in known:
+        found = ", ".join(sorted(known)) or "nothing"
+        why = "" if names else (
+            "; the judge compares completions of one prompt, of which an evaluation has one: give it `reference`, a "
+            "column to compare with, or `method: pointwise`, or leave the held-out data out"
+        )  # fmt: skip
+        raise ConfigError(f"`eval.metric`: got {config.eval.metric!r}; this run evaluates {found}{why}")

@@ -82,6 +82,11 @@ class Judge(Final, Weighted):
         if self.opponents and self.reference:
             raise ValueError("opponents: completions are compared with the reference alone; leave one of them out")
 
+    @property
+    def compares(self) -> bool:
+        """Whether completions of one prompt are compared with each other, so that a single one has no reward."""
+        return self.method == "pairwise" and self.reference is None
+
 
 def make(config: Judge) -> Function:
     """The reward, by an endpoint. Raises ConfigError, and ValueError for a model, which only the command line loads."""

@@ -192,12 +192,15 @@ def test_a_model_as_reward(tiny, tmp_path):
 def test_a_policy_learns_from_a_judge(capsys, settings, tiny, tmp_path):
     """In the loop of GRPO: win-rates within each group, kept beside the run."""
     with serving(by_length) as stub:
-        code, _, err = jaxft(
-            capsys, "train", f"model.path={tiny}", "model.dtype=float32", f"data.path={tmp_path / 'prompts.jsonl'}",
+        words = [
+            "train", f"model.path={tiny}", "model.dtype=float32", f"data.path={tmp_path / 'prompts.jsonl'}",
             "data.max_length=64", "objective=grpo", "train.batch=8", "train.steps=1", "rollout.prompts=2",
             "rollout.samples=4", "rollout.max_new_tokens=6", f"run_dir={tmp_path / 'run'}", "eval.samples=0",
             f"rewards=[{{name: judge, endpoint: {json.dumps(stub.settings())}}}]",
-        )  # fmt: skip
+        ]  # fmt: skip
+        code, _, err = jaxft(capsys, *words, "data.eval_examples=2")
+        assert code == 2 and "compares completions of one prompt, of which an evaluation has one" in err
+        code, _, err = jaxft(capsys, *words)
         assert code == 0, err
         assert 0 < len(stub.seen) <= 2 * 2 * 6
         asked = len(stub.seen)

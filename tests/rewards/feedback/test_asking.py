@@ -2,12 +2,18 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from jaxft.border.errors import ConfigError
 from jaxft.rewards.feedback import asking
 from jaxft.rewards.feedback.asking import Answer, Failure, Ledger, Question
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Echo:
@@ -98,3 +104,33 @@ def test_shares_are_of_the_labels_alone():
     assert asking.shares(Answer("?", {"C": -0.1}), ("A", "B"), None) is None
     assert asking.shares(Answer("B"), ("A", "B"), "B") == {"A": 0.0, "B": 1.0}
     assert asking.shares(Answer("hm"), ("A", "B"), None) is None
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from jaxft.rewards.feedback.asking import Answer, Ledger, Question
+
+class Judge:
+    def identity(self, labels):
+        return {}
+
+    def answers(self, questions):
+        for number, question in enumerate(questions):
+            if question.chat[0]["content"] == "7" and len(sys.argv) > 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            print(question.chat[0]["content"], end=" ", flush=True)
+            yield number, Answer(f"said {question.chat[0]['content']}")
+
+asked = [Question(({"role": "user", "content": str(i)},)) for i in range(12)]
+said = Ledger(Path(sys.argv[1])).ask(Judge(), asked)
+assert [answer.text for answer in said] == [f"said {i}" for i in range(12)]
+"""
+
+
+def test_a_process_that_is_killed_loses_no_answer(tmp_path):
+    words = [sys.executable, "-c", KILLED, str(tmp_path / "l.jsonl")]
+    killed = subprocess.run([*words, "kill"], capture_output=True, text=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL and killed.stdout == "0 1 2 3 4 5 6 ", killed.stderr
+    after = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert after.returncode == 0 and after.stdout == "7 8 9 10 11 ", after.stderr
