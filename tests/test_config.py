@@ -1,5 +1,7 @@
 """The composed config: documented throughout, and equal after every round trip."""
 
+import json
+
 import pytest
 
 from jaxft import config, recipes
@@ -161,14 +163,17 @@ def test_shipped_configs(recipe):
     assert recipe.title and recipe.facts["command"].startswith(f"jaxft train configs/{recipe.name}.yaml")
     assert len(recipe.path.read_text().splitlines()) <= 40
     alternatives = [f"peft.method={loaded.peft[0].name}", f"objective.name={loaded.objective.name}"]
-    alternatives += [f"rewards={reward.name}" for reward in loaded.rewards]
+    needed = dict[str, str]()
+    for reward in loaded.rewards:
+        needed = {f.name: getattr(reward.value, f.name) for f in fields.fields(type(reward.value)) if f.required}
+        alternatives.append(f"rewards={json.dumps({'name': reward.name, **needed})}")
     defaults = check.plain(config.load(None, ["model.path=x", *alternatives]))
     written = reading.read(recipe.path).values
     same = [
         f"{section}.{key}"
         for section, keys in written.items()
         for key, value in keys.items()
-        if defaults[section][key] == value and key not in ("method", "name")
+        if defaults[section][key] == value and key not in ("method", "name", *needed)
     ]
     assert not same, f"the default already: {same}"
 

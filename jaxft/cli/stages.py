@@ -22,7 +22,7 @@ from jaxft import recipes, run_dir
 from jaxft.border import check, fields, reading
 from jaxft.border.errors import ConfigError
 from jaxft.border.reading import Source, Typed
-from jaxft.cli import forgetting, handover, others, written
+from jaxft.cli import critic, forgetting, handover, others, rollouts, written
 from jaxft.cli.critique import CritiqueConfig
 from jaxft.cli.handover import MERGED, Take
 from jaxft.cli.judge import JudgeConfig
@@ -178,6 +178,8 @@ def _check(config: RunConfig) -> None:
         )
     others.check(config)
     forgetting.check(config)
+    rollouts.check(config)
+    critic.check(config)
 
 
 def _written(config: Any, file: Path) -> Source:
