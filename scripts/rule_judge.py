@@ -1,8 +1,8 @@
 """A judge that follows a rule: an endpoint of chat completions on this machine, to try AI feedback without an AI.
 
-It answers the questions that jaxft asks (`rewards/feedback/questions.py`): of two replies it prefers the shorter one,
-rates a short reply high, criticises length, and revises a reply into its first words. Like a model it is not certain:
-the log-probabilities of its labels follow the difference in words.
+It answers the questions that jaxft asks (`rewards/feedback/questions.py`), whatever their principle: the nearer a reply
+is to eight words, the better. It criticises other lengths and cuts longer replies. Like a model it is not certain: the
+log-probabilities of its labels follow the difference.
 
 Usage: python scripts/rule_judge.py [port]        then: judge.endpoint.url=http://127.0.0.1:8377/v1
 """
@@ -13,8 +13,8 @@ import math
 import re
 import sys
 
-WORDS = 5
-"""Of a revised reply."""
+WORDS = 8
+"""Of the best reply."""
 
 
 def quoted(text: str, name: str) -> str | None:
@@ -23,23 +23,23 @@ def quoted(text: str, name: str) -> str | None:
     return None if found is None else found[2]
 
 
-def length(reply: str) -> int:
-    """In words."""
-    return len(reply.split())
+def off(reply: str) -> int:
+    """By how many words a reply is too short or too long."""
+    return abs(len(reply.split()) - WORDS)
 
 
 def answer(question: str) -> tuple[str, dict[str, float] | None]:
     """The text of an answer, and the probabilities of its labels if it is one."""
     first, second = quoted(question, "Reply A"), quoted(question, "Reply B")
     if first is not None and second is not None:
-        share = 1 / (1 + math.exp((length(first) - length(second)) / 2))
+        share = 1 / (1 + math.exp((off(first) - off(second)) / 2))
         return "A" if share >= 0.5 else "B", {"A": share, "B": 1 - share}
     reply = quoted(question, "Reply") or ""
     if "number alone" in question:
-        rating = str(max(1, 10 - length(reply)))
+        rating = str(max(1, 10 - off(reply)))
         return rating, {rating: 1.0}
     if quoted(question, "Critique of the reply") is None:
-        return f"It has {length(reply)} words, which is more than the few that it needs.", None
+        return f"It has {len(reply.split())} words, and {WORDS} are best.", None
     return " ".join(reply.split()[:WORDS]), None
 
 

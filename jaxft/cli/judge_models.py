@@ -19,6 +19,8 @@ from jaxft.data import Prompt
 from jaxft.models.decoder import Execution
 from jaxft.peft import disk
 from jaxft.rewards import judge
+from jaxft.rewards.feedback import constitution
+from jaxft.rewards.feedback import questions as questions_
 from jaxft.rewards.feedback.asking import Answer, Failure, Ledger, Question
 from jaxft.rewards.feedback.endpoint import Client, Writing
 from jaxft.rewards.judge import Local
@@ -37,6 +39,9 @@ def loaded(section: Any, config: RunConfig, mesh: Mesh | None) -> tuple[Speaker,
     adapter = None if not section.adapter else Path(section.adapter)
     speaker = prompting.load(Target(config, adapter), mesh)
     about = {"model": section.path, "weights": identity.fingerprint(speaker.model), "quantize": section.quantize}
+    data = config.data
+    written_in = [speaker.tokenizer.chat_template, data.template, dict(data.template_options)]
+    about |= {"template": constitution.digest(written_in).hex()[:8]}
     if adapter is not None:
         files = [adapter / name for name in (disk.WEIGHTS, disk.PICKLE) if (adapter / name).is_file()]
         digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
@@ -148,9 +153,11 @@ class Policy:
 
 
 def local(section: Local, mesh: Mesh | None, writing: Writing | None = None) -> Model:
-    """A model as judge. Raises CheckpointError."""
+    """A model as judge. Raises CheckpointError, and ValueError for one whose tokenizer cannot tell labels apart."""
     config = written.model(section)
     speaker, about = loaded(section, config, mesh)
+    for labels in (questions_.LETTERS, questions_.SCALE):
+        choice.spellings(speaker.tokenizer, labels)  # refused now rather than in the middle of a run
     return Model(speaker, about, assemble.execution(config, mesh), section.batch, writing or Writing())
 
 

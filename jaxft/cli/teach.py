@@ -46,7 +46,7 @@ class AnsweringTeacher:
     """The model that answers."""
 
     path: str
-    """Folder or hub id of the teacher."""
+    """Folder or hub id of the model."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     adapter: str | None = None

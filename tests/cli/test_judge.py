@@ -2,6 +2,7 @@
 twice, and what comes out trains dpo."""
 
 import collections
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from jaxft.cli import judge, judge_models
 from jaxft.cli.judge import JudgeConfig
 from jaxft.cli.teach import AnsweringTeacher
 from jaxft.rewards.feedback import constitution
+from jaxft.rewards.feedback.asking import Answer, Failure, Question
 from jaxft.rewards.judge import Judge, Local
 from tests.cli.commands import jaxft
 from tests.rewards.feedback.stub import Reply, said, serving
@@ -187,6 +189,19 @@ def test_a_model_as_reward(tiny, tmp_path):
     records = written(tmp_path, "judgements.jsonl")
     assert collections.Counter(record["asks"] for record in records) == {"compare": 4, "rate": 4}
     assert records[0]["judge"]["weights"] and records[0]["judge"]["model"] == str(tiny)
+
+
+def test_a_question_that_is_too_long_fails_alone(tiny):
+    """Where the judge has positions that end: 120 of them, of which a label takes up to 4."""
+    found = judge_models.local(Local(path=str(tiny), dtype="float32"), None)
+    short = dataclasses.replace(found.speaker.model.config, learned_positions=True, max_positions=120)
+    model = dataclasses.replace(found.speaker.model, config=short)
+    judge_ = dataclasses.replace(found, speaker=dataclasses.replace(found.speaker, model=model))
+    asked = [Question(({"role": "user", "content": "word " * n},), ("A", "B")) for n in (200, 1)]
+    answers = dict(judge_.answers(asked[:1]))
+    assert isinstance(answers[0], Failure) and "positions and the judge has 120" in str(answers[0])
+    answers = dict(found.answers(asked))
+    assert all(isinstance(answer, Answer) and {*answer.logp} == {"A", "B"} for answer in answers.values())
 
 
 def test_a_policy_learns_from_a_judge(capsys, settings, tiny, tmp_path):
