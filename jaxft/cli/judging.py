@@ -139,4 +139,6 @@ def measured(
     table = models.table(models.params, base.params["embed"]["tokens"].dtype, how)
     table = judge_models.table(table, None, how.mesh)
     found = values | judge(config, base, asked, console, table).means(said)
+    replied = answers.ask(config, params, watching.harmless(config, base, room(config)), base, how)
+    found |= watching.refusal_rate(config, [reply.text for reply in replied])
     return source, said, found | watching.described(said, answers.ends(config, base))

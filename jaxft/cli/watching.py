@@ -95,11 +95,9 @@ class Watch:
     def metrics(self, state: TrainState, params: tree.Params, said: Sequence[Reply]) -> dict[str, float]:
         """``kl`` (where there is a reference), lengths, diversity, and ``refusal_rate``. ``params``: the policy's, as
         they answer; ``said``: its answers to held-out prompts."""
-        found = described(said, self.end) | self._kl(state, params, said)
-        if not self.prompts:
-            return found
         replied = answers.ask(self.config, params, self.prompts, self.begun.base, self.begun.how)
-        return found | refusal_rate(self.config, [reply.text for reply in replied])
+        refused = refusal_rate(self.config, [reply.text for reply in replied])
+        return described(said, self.end) | self._kl(state, params, said) | refused
 
     def _kl(self, state: TrainState, params: tree.Params, said: Sequence[Reply]) -> dict[str, float]:
         """The mean over answers, in nats."""

@@ -76,6 +76,10 @@ def test_side_by_side_for_grpo_too(capsys, tiny, tmp_path):
     assert {f"eval_{name}" for name in names} <= after.keys()
     assert names - {"rewards/exact_match"} <= next(row for row in found if "reward" in row).keys()
     assert 0 < after["eval_completions/mean_length"] <= 6 and 0 <= after["eval_completions/self_bleu"] <= 1
+    code, out, err = run_(capsys, "eval", tmp_path / "run", "--json")
+    assert code == 0, err
+    again = json.loads(out)
+    assert again["refusal_rate"] == 1 and again["completions/self_bleu"] == after["eval_completions/self_bleu"]
 
     for more, told in ((["eval.refusals=[no]"], "`eval.refusals`: nothing is asked without eval.harmless"),
                        (["eval.harmless=gone.jsonl"], "eval.harmless")):  # fmt: skip
