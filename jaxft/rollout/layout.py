@@ -7,12 +7,12 @@ import numpy as np
 from jaxft.data.prompts import Prompt
 from jaxft.rollout.generate import Completion
 
-BLOCK = 64
+BLOCK = 16
 
 
 def width(length: int, multiple: int = 1) -> int:
     """The width of rows that hold so many tokens: one of four between two powers of two, so that a run compiles its
-    programs for a handful of them and pads by a quarter at most; a multiple of 64 and of ``multiple``."""
+    programs for a handful of them and pads by a quarter at most; a multiple of 16 and of ``multiple``."""
     step = max(BLOCK, 1 << max((length - 1).bit_length() - 3, 0))
     step = int(np.lcm(step, multiple))
     return -(-length // step) * step

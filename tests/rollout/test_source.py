@@ -86,7 +86,7 @@ def test_sequences_as_arrays_by_hand():
         asked, [Completion([4, 5], [-1.0, -2.0], True, [-5.0, -6.0]), Completion([6], [-3.0], False, [-7.0])],
         samples=1, pad_id=PAD, reserved=1,
     )  # fmt: skip
-    assert made["tokens"].shape == (2, 64)
+    assert made["tokens"].shape == (2, 16)
     assert made["tokens"][:, :5].tolist() == [[PAD, 7, 4, 5, PAD], [PAD, 8, 9, 6, PAD]]
     assert made["positions"][:, :5].tolist() == [[0, 1, 2, 3, 0]] * 2
     assert made["segments"][:, :5].tolist() == [[1, 1, 1, 1, 0]] * 2
@@ -99,7 +99,7 @@ def test_sequences_as_arrays_by_hand():
 def test_widths_are_few_and_waste_a_quarter_at_most():
     widths = {layout.width(n) for n in range(257, 1025)}
     assert widths == {320, 384, 448, 512, 640, 768, 896, 1024}
-    assert layout.width(1) == 64 and layout.width(300, 128) == 384
+    assert layout.width(1) == 16 and layout.width(33) == 48 and layout.width(300, 128) == 384
 
 
 def test_each_pass_has_every_sequence_once_with_what_was_estimated():
