@@ -68,6 +68,12 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             "`rewards`: all have the weight 0, of rewards that are only watched; expected one that counts"
         )
+    compares = _objective(config).compares(config.objective.value)
+    if section.samples == 1 and (compares or section.dynamic):
+        what = f"objective {name}" if compares else "rollout.dynamic"
+        raise ConfigError(
+            f"`rollout.samples`: got 1; {what} compares completions of one prompt with each other: expected at least 2"
+        )
     if config.sweep:
         raise ConfigError(f"`sweep`: members with rollouts of their own are not there yet; train {name} one by one")
     if config.mesh.distributed:

@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxft.border.errors import ConfigError
+from jaxft.rewards import calling
 from jaxft.training import sinks
 
 FILE = "rollouts.jsonl"
-OWN = ("step", "prompt", "completion", "rewards", "reward", "advantage", "tokens", "finished")
+OWN = tuple(name for name in calling.TABLE if name != "problems")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,4 +104,10 @@ class Samples:
             sinks.cut(self.file, self.last)
             self.begun = True
         with self.file.open("a", encoding="utf-8") as lines:
-            lines.write("".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows))
+            for row in rows:
+                lines.write(json.dumps({"step": step, **row}, ensure_ascii=False, default=plain) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """What functions logged, as JSON: arrays and their numbers as such, what it has no word for as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

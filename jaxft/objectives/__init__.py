@@ -62,15 +62,16 @@ OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(
         config=GRPO, fn=grpo.grpo, needs=grpo.needs, reports=grpo.reports, rows="rollout",
         annotate=grpo.annotate, couples=grpo.couples, carry=grpo.begin,
-        rollout_needs=grpo.rollout_needs, estimate=grpo.estimate,
+        rollout_needs=grpo.rollout_needs, estimate=grpo.estimate, compares=lambda config: True,
     ),
     "rloo": Objective(
         config=RLOO, fn=rloo.rloo, reports=("entropy",), rows="rollout", rollout_needs=rloo.rollout_needs,
-        estimate=rloo.estimate,
+        estimate=rloo.estimate, compares=lambda config: True,
     ),
     "reinforce": Objective(
         config=Reinforce, fn=reinforce.reinforce, reports=("entropy",), rows="rollout",
         rollout_needs=reinforce.rollout_needs, estimate=reinforce.estimate, running=reinforce.begin,
+        compares=reinforce.compares,
     ),
     "ppo": Objective(
         config=PPO, fn=ppo.ppo, reports=("entropy",), views=("policy", "value"), rows="rollout",

@@ -67,6 +67,11 @@ def rollout_needs(config: Reinforce) -> tuple[str, ...]:
     return ("old_logp", "ref_logp") if config.beta else ("old_logp",)
 
 
+def compares(config: Reinforce) -> bool:
+    """Whether the baseline is that of other completions of the prompt."""
+    return config.baseline in ("group", "leave_one_out")
+
+
 def begin(config: Reinforce) -> Carry:
     """No rewards yet: their running sum ``reward``, and what its parts ``weigh``."""
     zero = jnp.float32(0)

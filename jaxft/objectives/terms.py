@@ -51,6 +51,10 @@ def _always(config: Any) -> bool:
     return True
 
 
+def _never(config: Any) -> bool:
+    return False
+
+
 def _still(config: Any) -> "Follow | None":
     return None
 
@@ -101,6 +105,8 @@ class Objective(Generic[C]):
     """What the rewards of a rollout say of its tokens: ``(config, rollout, running) -> (arrays to add to it, metrics,
     the next running quantities)``. It sees the whole rollout (`rollouts`) before its first step; ``advantage`` [N, T]
     is always among the arrays."""
+    compares: Callable[[C], bool] = _never
+    """Whether ``estimate`` compares completions of one prompt, and so finds nothing in a single one."""
     running: Callable[[C], Carry] = _nothing
     """What ``estimate`` remembers from rollout to rollout, before the first: float32 scalars."""
 

@@ -25,6 +25,10 @@ OWN_COLUMNS = ("prompt", "completion", "prompts", "completions", "trainer_state"
 """Columns of rows that a function is not given, for it has them already or they are something else."""
 
 
+TABLE = ("step", "prompt", "completion", "rewards", "reward", "advantage", "tokens", "finished", "problems")
+"""What the table of samples says of a completion anyway, beside what functions log."""
+
+
 class RewardError(ValueError):
     """A reward failed, and is told to stop the run then."""
 
@@ -200,6 +204,8 @@ class _Ask:
         given = {name: [values[i] for i in which] for name, values in self.columns.items()}
 
         def log_extra(name: str, values: Sequence[Any]) -> None:
+            if name in TABLE:
+                raise ValueError(f"log_extra({name!r}): the table of samples has {', '.join(TABLE)}; take another name")
             if len(values) != len(which):
                 raise ValueError(f"log_extra({name!r}): got {len(values)} values for {len(which)} completions")
             own = self.extras.setdefault(name, [None] * len(self.completions))

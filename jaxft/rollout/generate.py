@@ -131,7 +131,10 @@ def generate(
       merge: whether adapters are worked into a copy of the weights where they can be: each token then takes less time,
         and log-probabilities differ from the adapted model's by rounding.
 
-    Raises ValueError for an empty prompt, and for one that leaves no room within the model's positions (learned)."""
+    Raises ValueError for a prompt that is empty, has tokens that the model has not, or leaves no room within its
+    positions (learned)."""
+    if samples < 1:
+        raise ValueError(f"generate: got {samples} samples of each prompt; expected at least 1")
     _check(config, params, prompts, settings)
     for what, given in (("adapters", adapters), ("tasks", tasks), ("seeds", seeds)):
         if given is not None and len(given) != len(prompts):
@@ -147,7 +150,8 @@ def generate(
     about = (longest, len(prompts) * samples, adapters is not None, stops(tokenizer, settings.stop))
     made = _engine(config, params, settings, end, execution, *about)
     keys = _keys(settings.seed, seeds, len(prompts), samples)
-    adapters, tasks = adapters or [-1] * len(prompts), tasks or [0] * len(prompts)
+    adapters = [-1] * len(prompts) if adapters is None else adapters
+    tasks = [0] * len(prompts) if tasks is None else tasks
     requests = [
         Request(i, prompt, settings.max_new_tokens, list(keys[i]), adapters[i], tasks[i])
         for i, prompt in enumerate(prompts)
@@ -232,7 +236,7 @@ def _rounded(length: int) -> int:
 
 def _keys(seed: int, seeds: Sequence[int] | None, prompts: int, samples: int) -> np.ndarray:
     """Key data uint32[prompts, samples, 2]."""
-    own = None if seeds is None else jnp.asarray(np.asarray(seeds, np.int64).astype(np.uint32))
+    own = None if seeds is None else jnp.asarray(np.array([int(one) & 0xFFFFFFFF for one in seeds], np.uint32))
     made = _each_key(jnp.uint32(seed & 0xFFFFFFFF), own, prompts, samples)
     return np.asarray(jax.random.key_data(made))
 
@@ -251,8 +255,14 @@ def _check(
     config: ModelConfig, params: tree.Params, prompts: Sequence[Sequence[int]], settings: GenerateConfig
 ) -> None:
     empty = [i for i, p in enumerate(prompts) if len(p) == 0]
-    if empty or not prompts:
+    if empty or len(prompts) == 0:
         raise ValueError(f"generate: prompt {empty[0] if empty else 0} is empty; expected at least one token")
+    for i, prompt in enumerate(map(np.asarray, prompts)):
+        if (wrong := prompt[(prompt < 0) | (prompt >= config.vocab_size)]).size:
+            raise ValueError(
+                f"generate: prompt {i}: got the token {wrong[0]}; expected those of the model, 0 to "
+                f"{config.vocab_size - 1}"
+            )
     virtual = slots.prompt_length(params) + slots.prefix_length(params)
     longest = max(len(p) for p in prompts) + settings.max_new_tokens + virtual
     if config.learned_positions and longest > config.max_positions:

@@ -160,6 +160,9 @@ def test_jaxft_data_shows_prompts_and_their_columns(capsys, words):
 @pytest.mark.parametrize("more, told", [
     (["rewards=[]"], "`rewards` must be given"),
     (["train.batch=24"], "4 prompts x 4 samples are 16 completions; expected a multiple of the 24 rows"),
+    (["rollout.samples=1", "rollout.prompts=16"], "`rollout.samples`: got 1; objective grpo compares"),
+    (["rollout.samples=1", "rollout.prompts=16", "objective={name: reinforce, baseline: group}"], "`rollout.samples`"),
+    (["rollout.samples=1", "rollout.prompts=16", "objective=reinforce", "rollout.dynamic=true"], "rollout.dynamic"),
     (["objective=sft"], "`rollout`: objective sft learns from data and not from rollouts"),
     (["data.packing=wrapped"], "`data.packing`: got wrapped"),
     (["data.max_length=8"], "`data.max_length`: got 8 for a prompt and its completion"),

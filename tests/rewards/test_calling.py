@@ -135,6 +135,15 @@ def test_a_failure_that_is_of_all_is_told_once():
     assert len(judged.reports) == 1 and judged.reports[0].sample is None and np.isnan(judged.values).all()
 
 
+def test_what_the_table_says_itself_is_not_logged_beside_it():
+    def logging(completions, log_extra):
+        log_extra("reward", completions)
+        return [0] * len(completions)
+
+    (report,) = call(logging).reports
+    assert "log_extra('reward'): the table of samples has step, prompt, " in report.problem
+
+
 def test_an_async_function_that_takes_too_long():
     async def slow(completions):
         await asyncio.sleep(60)

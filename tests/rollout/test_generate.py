@@ -183,11 +183,25 @@ def test_with_an_adapter_trained_prompt_and_prefix(model):
     same(*runs, 1e-4)
 
 
+def test_arrays_are_lists(model):
+    """Prompts, seeds and tasks as arrays; of a seed, whatever its size, the last 32 bits count."""
+    settings, lists = dataclasses.replace(SAMPLED, max_new_tokens=4), [[5, 6], [7, 8]]
+    run = lambda prompts, **how: generate.generate(model.config, model.params, prompts, settings, END, **how)  # noqa: E731
+    expected = run(lists, seeds=[2**32 - 1, 5])
+    same(run(np.array(lists), seeds=np.array([-1, 5]), tasks=np.array([0, 0])), expected)
+    same(run(lists, seeds=[2**70 - 1, 2**64 + 5]), expected)
+
+
 def test_what_cannot_be_generated_is_refused(model):
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate.generate(model.config, model.params, [[5], []], SAMPLED, END)
     with pytest.raises(ValueError, match="got 1 seeds for 7 prompts"):
         generate.generate(model.config, model.params, PROMPTS, SAMPLED, END, seeds=[0])
+    for token in (-1, 64):
+        with pytest.raises(ValueError, match=f"prompt 1: got the token {token}; expected those of the model, 0 to 63"):
+            generate.generate(model.config, model.params, [[5], [5, token]], SAMPLED, END)
+    with pytest.raises(ValueError, match="got 0 samples"):
+        generate.generate(model.config, model.params, PROMPTS, SAMPLED, END, samples=0)
     for field, value in {"min_p": 1.0, "repetition_penalty": 0.0, "stop": ("",)}.items():
         with pytest.raises(ValueError, match=rf"generate\.{field}"):
             GenerateConfig(**{field: value})
