@@ -29,6 +29,10 @@ TABLE = ("step", "prompt", "completion", "rewards", "reward", "advantage", "toke
 """What the table of samples says of a completion anyway, beside what functions log."""
 
 
+GREATEST = float(np.finfo(np.float32).max)
+"""Of the numbers that a reward may be."""
+
+
 class RewardError(ValueError):
     """A reward failed, and is told to stop the run then."""
 
@@ -231,7 +235,7 @@ class _Ask:
         reports = []
         for i, value in zip(which, found, strict=True):
             number = _number(value)
-            if number is not None and math.isfinite(number):
+            if number is not None and abs(number) <= GREATEST:
                 values[i] = number
             elif isinstance(value, Exception):
                 reports.append(self.report(i, str(value)))
@@ -279,7 +283,8 @@ def _bound(
     lacking = [n for n, p in parameters.items() if n in named and p.default is p.empty and n not in filled]
     if lacking:
         known = ", ".join(sorted([*columns, *more]))
-        raise MissingColumn(f"it asks for {lacking[0]!r}, which is no column of the rows; they have {known}")
+        name = getattr(function, "__name__", "it")
+        raise MissingColumn(f"{name} asks for {lacking[0]!r}, which is no column of the rows; they have {known}")
     return function(*positional, **chosen)
 
 

@@ -166,7 +166,6 @@ def test_jaxft_data_shows_prompts_and_their_columns(capsys, words):
     (["objective=sft"], "`rollout`: objective sft learns from data and not from rollouts"),
     (["data.packing=wrapped"], "`data.packing`: got wrapped"),
     (["data.max_length=8"], "`data.max_length`: got 8 for a prompt and its completion"),
-    (["objective=ppo"], "`objective.name`: ppo needs a value model"),
     (["reference.precompute=true"], "`reference.precompute`"),
     (["mesh.distributed=true"], "`mesh.distributed`"),
     (["rollout.temperature=0"], "rollout.temperature: got 0.0"),

@@ -111,6 +111,7 @@ def test_a_failure_is_of_the_samples_that_it_is_of():
     [
         ([1.0, math.nan, 2.0], [1, None, 2], [1], "gave nan"),
         ([math.inf, 1, 2], [None, 1, 2], [0], "gave inf"),
+        ([1, -1e300, 2], [1, None, 2], [1], "gave -1e"),
         (["x", 1, None], [None, 1, None], [0], "gave 'x'"),
         ([1.0, 2.0], [None] * 3, [None], "gave 2 values for 3 completions"),
         (1.0, [None] * 3, [None], "expected a list of numbers"),
@@ -156,6 +157,12 @@ def test_an_async_function_that_takes_too_long():
 def test_a_column_that_is_not_there_is_the_runs_fault():
     with pytest.raises(RewardError, match="asks for 'gold', which is no column of the rows; they have answer"):
         call(lambda completions, gold: [0] * 3, columns={"answer": [1, 2, 3]})
+
+    def graded(completions, gold):
+        return [0] * 3
+
+    with pytest.raises(RewardError, match="^graded asks for 'gold'"):
+        call(graded)
     with pytest.raises(RewardError, match="no column 'answer'"):
         call(REWARDS["exact_match"].make(rewards.ExactMatch()))
     with pytest.raises(ValueError, match="column answer: got 2 values for 3 completions"):
