@@ -161,7 +161,7 @@ def test_a_column_that_is_not_there_is_the_runs_fault():
     def graded(completions, gold):
         return [0] * 3
 
-    with pytest.raises(RewardError, match="^graded asks for 'gold'"):
+    with pytest.raises(RewardError, match=r"^graded asks for 'gold'"):
         call(graded)
     with pytest.raises(RewardError, match="no column 'answer'"):
         call(REWARDS["exact_match"].make(rewards.ExactMatch()))
