@@ -66,6 +66,16 @@ def check(config: RunConfig) -> None:
     if not isinstance(settings, Distil):
         if given:
             raise ConfigError(f"`{given[0]}`: objective {name} learns from no teacher; set objective.name=distil")
+    elif settings.teacher == "ema":
+        if given:
+            raise ConfigError(f"`{given[0]}`: with objective.teacher=ema the student's running mean is the teacher")
+        methods = [choice.value for choice in config.peft]
+        noisy = config.train.neftune_alpha or any(getattr(method, "dropout", 0) for method in methods)
+        if not settings.ce_weight and not noisy:
+            raise ConfigError(
+                "`objective.ce_weight`: got 0 with teacher=ema: the student begins as its own teacher, and nothing "
+                "would part them; expected more, or noise (a method's dropout, train.neftune_alpha)"
+            )
     elif settings.teacher == "live":
         if config.teacher.path is None:
             raise ConfigError("`teacher.path` must be given: the folder or hub id of the model to learn from")
@@ -142,7 +152,8 @@ def projected(config: RunConfig, base: Model, others: dict[str, Model]) -> dict[
     if not isinstance(settings, Distil) or not settings.hidden_layers:
         return {}
     key = jax.random.fold_in(jax.random.key(config.train.seed), 3)
-    made = distil.project({}, base.config, others["teacher"].config, settings.hidden_layers, key)
+    taught = others.get("teacher", base)  # or the student itself
+    made = distil.project({}, base.config, taught.config, settings.hidden_layers, key)
     made, first = made[distil.PROJECTIONS], peft.first_rate([choice.value for choice in config.peft])
     return {distil.PROJECTIONS: (made, jax.tree.map(lambda _: True, made), jax.tree.map(lambda _: first, made))}
 
@@ -176,9 +187,10 @@ def _distilled(config: RunConfig, base: Model, how: Execution, taught: Model | N
         vocabulary = distil.shared_vocabulary(base.config, base.tokenizer, taught.config, taught.tokenizer)
     elif stores(config):
         vocabulary = _stored_vocabulary(config, base)
+    own = base.config if settings.teacher == "ema" else None
     return distil.make_score(
         base.config,
-        None if taught is None else taught.config,
+        own if taught is None else taught.config,
         asked.needs,
         dtype=base.params["embed"]["tokens"].dtype,
         divergence=Divergence(settings.divergence, settings.beta, settings.skew, settings.temperature, settings.rest),
@@ -199,7 +211,7 @@ def live(config: RunConfig) -> RunConfig:
     if isinstance(settings, Distil):
         if config.teacher.path is None:
             raise ConfigError("`teacher.path` must be given: the model that the student is compared with")
-        settings = dataclasses.replace(settings, teacher="live", hidden_layers=())
+        settings = dataclasses.replace(settings, teacher="live", ema=Distil.ema, hidden_layers=())
         return dataclasses.replace(config, objective=dataclasses.replace(config.objective, value=settings))
     return dataclasses.replace(config, reference=dataclasses.replace(section, precompute=False, stored=None))
 

@@ -1,4 +1,5 @@
-"""`jaxft samples RUN`: what the policy wrote in a rollout, what each reward function said of it, and its advantage.
+"""`jaxft samples RUN`: what the policy wrote in a rollout, what each reward function said of it, and its advantage,
+or its side of a pair.
 
 The table is `rollouts.jsonl` in the run's folder, a line a completion, under the number of the first step that it is
 trained on. A run that goes on from a checkpoint writes again what came after it.
@@ -68,7 +69,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("prompt", "completion"):
         made.add_column(name, overflow="fold")
     totals = ["reward"] if len(names) > 1 else []
-    for name in (*names, *totals, "advantage", "tokens"):
+    weighed = ["advantage"] if any("advantage" in row for row in rows) else []
+    for name in (*names, *totals, *weighed, "tokens"):
         made.add_column(name, justify="right")
     for name in more:
         made.add_column(name, overflow="fold")
@@ -78,7 +80,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         before = row["prompt"]
         said = [number(row["rewards"].get(name)) for name in names] + [number(row["reward"])] * len(totals)
         length = f"{row['tokens']}{'' if row['finished'] else ' (cut)'}"
-        cells = [prompt, row["completion"], *said, f"{row['advantage']:+.3f}", length]
+        advantage = [f"{row['advantage']:+.3f}"] if weighed else []
+        cells = [prompt, row["completion"], *said, *advantage, length]
         made.add_row(*(escape(cell) for cell in cells), *(escape(str(row.get(name, ""))) for name in more))
     return made
 

@@ -17,7 +17,7 @@ from jaxft import config as config_
 from jaxft import run_dir
 from jaxft.border import reading
 from jaxft.border.errors import ConfigError
-from jaxft.cli import answers, assemble, critic, forgetting, members, rollouts, single, sweep
+from jaxft.cli import answers, assemble, critic, forgetting, members, reward_models, rollouts, single, sweep
 from jaxft.cli import arguments as arguments_
 from jaxft.cli import job as job_
 from jaxft.cli import others as others_
@@ -117,12 +117,14 @@ def run(config: RunConfig) -> int:
 def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None, console: Console) -> Job:
     """A single run."""
     statistics = assemble.statistics(config, base, material.prepared, assemble.execution(config, mesh))
-    begun = single.begin(config, base, material.steps, mesh, console, statistics)
+    rewards = reward_models.load(config, base, mesh)
+    begun = single.begin(config, base, material.steps, mesh, console, statistics, rewards.params)
     base, first, models = begun.base, begun.first, begun.models
     assemble.check_tasks(first.trainable, material.prepared.train, material.prepared.held_out)
     asked = answers.chosen(config, material.prepared.held_out, material.prepared.asked, base)
     general = forgetting.examples(config, base, assemble.virtual(config).get("prompt", 0))
     beforehand = others_.Beforehand(config, base, begun.dtype, begun.how, console)
+    student = rollouts.student(config, begun, rewards, console) if rollouts.mixes(config) else None
 
     objective, settings = assemble.objective(config, material.prepared.train), config.objective.value
     eval_step = step.make_eval_step(objective, settings, begun.score)
@@ -142,9 +144,10 @@ def alone(config: RunConfig, base: Model, material: Material, mesh: Mesh | None,
             found += [forgetting.evaluator(config, general, base, begun.dtype, begun.how, begun.frozen)]
         if asked:
             found += [answers.evaluator(config, asked, base, begun.dtype, begun.how, begun.frozen, folder)]
-        return data.train, found
+        return data.train if student is None else student(data.train, folder), found
 
     shardings = job_.shardings(begun.places, models, mesh)
     run = step.make_step(objective, settings, begun.score, begun.optimizer, shardings, begun.hooks)
     finish = single.finisher(config, begun, console)
-    return Job(run, first, models, begun.record, begun.optimizer, begun.flops, begin, finish)
+    rest = (begun.record, begun.optimizer, begun.flops, begin, finish)
+    return Job(run, first, models, *rest, feed=prefetch.ahead if student is None else prefetch.as_asked)

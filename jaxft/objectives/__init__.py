@@ -58,6 +58,7 @@ OBJECTIVES: dict[str, Objective] = {
     "prm": Objective(config=PRM, fn=prm.prm, needs=("reward",), rows="steps", examine=prm.examine),
     "distil": Objective(
         config=Distil, fn=distil.distil, needs=distil.needs, reports=distil.reports, views=distil.views,
+        follow=distil.follow,
     ),
     "grpo": Objective(
         config=GRPO, fn=grpo.grpo, needs=grpo.needs, reports=grpo.reports, rows="rollout",

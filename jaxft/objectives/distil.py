@@ -17,7 +17,7 @@ from typing import Literal
 import jax
 
 from jaxft.objectives import terms
-from jaxft.objectives.terms import Batch, Carry, Mean, Means, Scores
+from jaxft.objectives.terms import Batch, Carry, Follow, Mean, Means, Scores
 
 METRICS = {
     "agreement": "teacher_agreement",
@@ -48,8 +48,11 @@ class Distil:
     """Weight of the divergence."""
     ce_weight: float = 0.0
     """Weight of the cross-entropy of the targets themselves."""
-    teacher: Literal["live", "stored"] = "live"
-    """Whether the teacher is a model that runs beside the student, or its likeliest tokens were stored beforehand."""
+    teacher: Literal["live", "stored", "ema"] = "live"
+    """A model that runs beside the student, or its likeliest tokens that were stored beforehand, or the running mean of
+    the student itself, which costs no second model: a copy of what trains, on the same frozen base."""
+    ema: float = 0.99
+    """With teacher=ema: the share of itself that the teacher keeps in each step; the rest of it is the student."""
     rest: Literal["bucket", "none"] = "bucket"
     """Of a stored teacher: all tokens that were not kept are one more outcome, or are as if they did not exist."""
     hidden_layers: tuple[tuple[int, int], ...] = ()
@@ -73,6 +76,12 @@ class Distil:
             raise ValueError("objective.weight: got 0 and no hidden_layers, so nothing is learnt from the teacher")
         if self.hidden_weight == 0 and self.hidden_layers:
             raise ValueError("objective.hidden_weight: got 0 with hidden_layers; expected more, or no hidden_layers")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"objective.ema: got {self.ema}; expected 0 to below 1")
+        if self.ema != Distil.ema and self.teacher != "ema":
+            raise ValueError(f"objective.ema: got {self.ema} with teacher={self.teacher}; expected teacher=ema")
+        if self.teacher == "ema" and self.divergence == "uld":
+            raise ValueError("objective.divergence: got uld with teacher=ema, which has the student's own tokenizer")
         if self.teacher == "stored" and (self.hidden_layers or self.divergence == "uld"):
             what = "hidden_layers" if self.hidden_layers else "divergence=uld"
             raise ValueError(f"objective.{what}: needs the teacher itself; got teacher=stored, expected teacher=live")
@@ -93,7 +102,13 @@ def reports(config: Distil) -> tuple[str, ...]:
 
 def views(config: Distil) -> tuple[str, ...]:
     """The teacher is scored first: the policy is compared with what it said."""
-    return ("teacher", "policy") if config.teacher == "live" else ("policy",)
+    first = {"live": ("teacher",), "stored": (), "ema": ("start",)}
+    return (*first[config.teacher], "policy")
+
+
+def follow(config: Distil) -> Follow | None:
+    """How the teacher moves that is the student's running mean: Tarvainen & Valpola 2017 (arXiv:1703.01780), eq. 2."""
+    return Follow(1 - config.ema, 1) if config.teacher == "ema" else None
 
 
 def distil(config: Distil, scores: Scores, batch: Batch, carry: Carry) -> tuple[Means, Means]:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.objectives import terms
-from jaxft.objectives.terms import Batch, Mean, Means
+from jaxft.objectives.terms import Batch, Carry, Mean, Means
 
 FUNCTION = "rewards/{}/{}"
 """The metrics of one reward function, by its place among them: ``rewards/0/mean``, ``rewards/0/std``."""
@@ -80,6 +80,12 @@ def deviation(x: jax.Array) -> jax.Array:
 def single(x: jax.Array) -> Mean:
     """A number that is already what it should be; left out (weight 0) where it is NaN."""
     return Mean(known(x), (~jnp.isnan(x)).astype(jnp.float32))
+
+
+def observe(config: object, rollout: Batch, running: Carry) -> tuple[dict[str, jax.Array], Means, Carry]:
+    """`Objective.estimate` of an objective that has no use for advantages: metrics alone."""
+    del config
+    return {}, metrics(rollout), running
 
 
 def metrics(rollout: Batch) -> Means:

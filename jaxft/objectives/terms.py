@@ -79,8 +79,8 @@ class Objective(Generic[C]):
     """Names of scores turned into metrics where they are there."""
     views: Named = ("policy",)
     """Parameter sets that are scored, in this order; ``reference`` is the trainable tree as the stage began, ``start``
-    the same where the policy is to see all that it says, as that of a teacher; ``value`` is the tree under ``critic``
-    in the policy's parameters, which trains as the policy does."""
+    the same where the policy is to see all that it says, as it does of a ``teacher``; ``value`` is the tree under
+    ``critic`` in the policy's parameters, which trains as the policy does."""
     rows: Literal["tokens", "pairs", "labelled", "steps", "rollout"] = "tokens"
     """What a row of the batch holds: running text, pairs of a chosen and a rejected sequence, sequences with a label
     each, sequences whose steps have one, or sequences that the policy wrote."""

@@ -39,6 +39,11 @@ class RolloutConfig:
     the next prompts: dynamic sampling, Yu et al. 2025 (arXiv:2503.14476), section 3.2."""
     dynamic_rounds: int = 4
     """How often a rollout is filled up so. Places that are empty then go to prompts without a difference after all."""
+    fraction: float | None = None
+    """Distillation alone: the share of rollouts, drawn one by one, in whose place the student learns from its own
+    completions; else it learns from as many batches of the data's. Agarwal et al. 2024 (arXiv:2306.13649), lambda of
+    algorithm 1. Default: 1, all of them, where the run has anything else of this section; without the section the data
+    alone."""
     log_samples: int = 32
     """Completions of each rollout that are written to rollouts.jsonl in the run's folder, with their rewards and
     advantages: jaxft samples RUN. 0: none."""
@@ -49,6 +54,7 @@ class RolloutConfig:
             **{name: (getattr(self, name) >= 0, "at least 0") for name in ("top_k", "log_samples", "seed")},
             "temperature": (self.temperature > 0, "a number above 0: greedy completions of a prompt are all the same"),
             "top_p": (0 < self.top_p <= 1, "a share above 0, at most 1"),
+            "fraction": (self.fraction is None or 0 <= self.fraction <= 1, "from 0 to 1"),
             "min_p": (0 <= self.min_p < 1, "from 0 to below 1"),
             "stop": (all(self.stop), "no empty text"),
         }

@@ -134,7 +134,8 @@ def make_score(
     teacher_execution: Execution | None = None,
     neftune_alpha: float = 0.0,
 ) -> Score:
-    """Builds ``score(view, params, batch, key=None)`` for the views ``policy`` and ``teacher``.
+    """Builds ``score(view, params, batch, key=None)`` for the views ``policy`` and ``teacher``, or ``start``: the
+    student's own arrays, as they were or moving after it, as the teacher.
 
     Args:
       teacher_config: the teacher's; None for one that was stored.
@@ -155,17 +156,19 @@ def make_score(
             f"hidden_layers: got {list(layers)} with needs {needs} and teacher {teacher_config is not None}"
         )
 
-    def teacher(config: ModelConfig, params: tree.Params, batch: Batch) -> dict[str, Any]:
+    def teacher(config: ModelConfig, params: tree.Params, batch: Batch, own: bool) -> dict[str, Any]:
         params, capture = tree.cast(params, dtype), tuple(dict.fromkeys(f"layers/{j}" for _, j in pairs))
-        if "teacher_tokens" in batch:
+        if own:
+            rows: Batch = batch
+        elif "teacher_tokens" in batch:
             names = ("tokens", "positions", "segments")
-            own = {name: batch[f"teacher_{name}"] for name in names if f"teacher_{name}" in batch}
+            rows = {name: batch[f"teacher_{name}"] for name in names if f"teacher_{name}" in batch}
         else:
-            own = unreserved(batch, reserved)
-        if score_.reserved_in(params, own):
+            rows = unreserved(batch, reserved)
+        if not own and score_.reserved_in(params, rows):
             raise ValueError("teacher: it has a learnt prompt, for which these rows keep no place; merge or drop it")
         how = execution if teacher_execution is None else teacher_execution
-        hidden_BTD, captured = score_.states(config, params, own, execution=how, capture=capture)
+        hidden_BTD, captured = score_.states(config, params, rows, execution=how, capture=capture)
         return {"hidden": hidden_BTD, "head": heads.head_of(config, params), **captured}
 
     def policy(params: tree.Params, batch: Batch, key: jax.Array | None) -> dict[str, jax.Array]:
@@ -194,11 +197,11 @@ def make_score(
         return score_.aligned(out, params, batch)
 
     def score(view: str, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> dict[str, Any]:
-        if view == "teacher" and teacher_config is not None:
-            return teacher(teacher_config, params, batch)
+        if view in ("teacher", "start") and teacher_config is not None:
+            return teacher(teacher_config, params, batch, view == "start")
         if view == "policy":
             return policy(params, batch, key)
-        raise ValueError(f"view: got {view!r}; expected policy{'' if teacher_config is None else ' or teacher'}")
+        raise ValueError(f"view: got {view!r}; expected policy{'' if teacher_config is None else ', teacher or start'}")
 
     return score
 

@@ -19,9 +19,10 @@ import numpy as np
 from jaxft.data.errors import DataError
 from jaxft.data.prompts import Prompt
 from jaxft.data.questions import Questions
-from jaxft.rollout import layout
+from jaxft.rollout import layout, pairs
 from jaxft.rollout.config import RolloutConfig
 from jaxft.rollout.generate import Completion
+from jaxft.rollout.pairs import Pairs
 from jaxft.rollout.policy import Annotator, Sampler
 
 APART = ("reward", "reward_weight", "group", "finished", "value")
@@ -74,6 +75,8 @@ class Rows:
     """Positions before each that are a learnt prompt's."""
     multiple: int = 1
     """What their width is a multiple of."""
+    paired: bool = False
+    """Whether a row is a pair, of a prompt's best and worst completion (`pairs`), and not one completion."""
 
 
 class _Group(NamedTuple):
@@ -95,6 +98,7 @@ class Source:
 
     A minibatch holds tokens, positions, segments, loss_mask, sequence_mask, sampler_logp, what the objective had scored
     beforehand and what it estimated (advantage, ...), each [rows, ...]; see `layout.arrays` and `Objective.estimate`.
+    Of pairs it holds `pairs.rows`.
     """
 
     def __init__(
@@ -113,14 +117,16 @@ class Source:
     ):
         """``running``: `Objective.running`. ``seed``, ``shuffle``: of the order of the prompts. ``table``: where
         samples go. Raises ValueError if the rows do not divide."""
-        if config.sequences % rows.count:
+        self.count = config.prompts if rows.paired else config.sequences
+        if self.count % rows.count:
+            made = "pairs" if rows.paired else f"x {config.samples} samples are {config.sequences} sequences"
             raise ValueError(
-                f"rollout: {config.prompts} prompts x {config.samples} samples are {config.sequences} sequences, which "
-                f"{rows.count} rows a step (train.batch x train.accumulate) do not divide"
+                f"rollout: {config.prompts} prompts {made}, which {rows.count} rows a step (train.batch x "
+                "train.accumulate) do not divide"
             )
         self.config, self.questions, self.rewards, self.rows = config, questions, rewards, rows
         self.sample, self.annotate, self.seed, self.shuffle, self.table = sample, annotate, seed, shuffle, table
-        self.minibatches = config.epochs * config.sequences // rows.count
+        self.minibatches = config.epochs * self.count // rows.count
         self.number, self.used, self.asked, self.step = 0, self.minibatches, 0, 0
         self.running = {name: float(value) for name, value in running.items()}
         self.arrays: dict[str, np.ndarray] = {}
@@ -130,8 +136,8 @@ class Source:
     def next(self, state: Any) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """The next minibatch, and the metrics of the rollout that it is the first of."""
         metrics = self._make(state) if self.used == self.minibatches else {}
-        epoch, place = divmod(self.used * self.rows.count, self.config.sequences)
-        order = np.random.default_rng([self.seed, self.number, epoch]).permutation(self.config.sequences)
+        epoch, place = divmod(self.used * self.rows.count, self.count)
+        order = np.random.default_rng([self.seed, self.number, epoch]).permutation(self.count)
         chosen = order[place : place + self.rows.count]
         self.used += 1
         return {name: value[chosen] for name, value in self.arrays.items()}, metrics
@@ -174,8 +180,14 @@ class Source:
         seconds["score"] = time.perf_counter() - begin
         arrays |= added
         metrics |= difference(arrays) | self._named(told)
+        found = None
+        if self.rows.paired:
+            found = pairs.of(combined(arrays["reward"], self.rewards.weights), self.config.samples)
+            metrics["pairs/ratio"] = float(found.exists.mean())
         if self.table is not None and self.config.log_samples:
-            self.table.write(self.step, self._samples(groups, arrays))
+            self.table.write(self.step, self._samples(groups, arrays, found))
+        if found is not None:
+            arrays = pairs.rows(arrays, found, self.rows.pad_id, self.rows.multiple)
         self.arrays = {name: value for name, value in arrays.items() if name not in APART}
         self.number, self.used, self._made = self.number + 1, 0, time.perf_counter()
         return metrics | {f"time/{name}": value for name, value in seconds.items()}
@@ -234,10 +246,14 @@ class Source:
 
         return {named(metric): value for metric, value in metrics.items()}
 
-    def _samples(self, groups: Sequence[_Group], arrays: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """The first completions as rows of the table."""
-        size = np.maximum(arrays["loss_mask"].sum(1), 1)
-        advantage = np.where(arrays["loss_mask"], arrays["advantage"], 0).sum(1) / size
+    def _samples(
+        self, groups: Sequence[_Group], arrays: Mapping[str, np.ndarray], paired: Pairs | None
+    ) -> list[dict[str, Any]]:
+        """The first completions as rows of the table, with the advantage of each or its side of a pair."""
+        advantage = None
+        if "advantage" in arrays:
+            size = np.maximum(arrays["loss_mask"].sum(1), 1)
+            advantage = np.where(arrays["loss_mask"], arrays["advantage"], 0).sum(1) / size
         found = []
         for group in groups:
             for text, values, beside, completion in zip(*group.said[:3], group.completions, strict=True):
@@ -248,7 +264,8 @@ class Source:
                         "completion": text,
                         "rewards": dict(zip(self.rewards.names, map(_number, values), strict=True)),
                         "reward": _number(total),
-                        "advantage": float(advantage[len(found)]),
+                        **({} if advantage is None else {"advantage": float(advantage[len(found)])}),
+                        **({} if paired is None else {"pair": paired.side(len(found))}),
                         "tokens": len(completion.tokens),
                         "finished": completion.finished,
                         **beside,
@@ -264,6 +281,7 @@ class Source:
             "rows_a_step": self.rows.count,
             "shuffle": self.shuffle,
             "order": self.seed,
+            **({"pairs": True} if self.rows.paired else {}),
             **about,
         }
 
