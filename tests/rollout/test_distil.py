@@ -274,6 +274,23 @@ def test_in_the_training_step():
         assert second == pytest.approx(first, rel=1e-4, abs=1e-6)
 
 
+def test_the_students_own_arrays_are_a_teacher_with_its_prompt():
+    """On packed rows that keep two positions for a learnt prompt: no distance from itself, and some from others."""
+    student = Host(STUDENT, 0)
+    first = peft.adapt(student, jax.random.key(2), peft.PromptTuning(tokens=2))
+    moved = jax.tree.map(lambda t, a: a + 0.5 if t else a, tree.trainable_mask(first), first)
+    how = {"dtype": jnp.float32, "divergence": HOW, "reserved": 2}
+    run = distil.make_score(student.config, student.config, ("divergence",), **how)
+    batch = rows()
+
+    def apart(teacher):
+        return run("policy", first, {**batch, "teacher": run("start", teacher, batch)})["divergence"]
+
+    assert float(jnp.max(jnp.abs(apart(first)))) < 1e-5 and float(jnp.max(apart(moved))) > 1e-3
+    with pytest.raises(ValueError, match="it has a learnt prompt"):
+        run("teacher", first, batch)
+
+
 def test_projections_come_and_go():
     """The identity between equal widths; trained, counted, and not part of what is exported."""
     student, teacher = Host(STUDENT, 0), Host({**TEACHER, "hidden_size": 32}, 1)
