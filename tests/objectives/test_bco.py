@@ -82,6 +82,6 @@ def test_extremes_are_finite_and_what_it_asks_for():
     scores["policy"]["logp"] = scores["policy"]["logp"] * 1e7
     value, grad, _ = total(ROW, BCO(), scores, batch, ROW.carry(BCO()))
     assert math.isfinite(value) and bool(jnp.all(jnp.isfinite(grad)))
-    assert ROW.asked(BCO()) == (("logp",), ("correct", "entropy"), ("policy", "reference"), ())
+    assert ROW.asked(BCO()) == (("logp",), ("correct", "entropy"), ("policy", "reference"), (), ())
     with pytest.raises(ValueError, match=r"objective.beta: got 0"):
         BCO(beta=0)

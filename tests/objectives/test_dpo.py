@@ -108,7 +108,7 @@ def test_tokens_of_the_longer_completion_count_less_by_hand():
 
 
 def test_what_it_asks_for():
-    assert ROW.asked(DPO()) == (("logp",), ("correct", "entropy"), ("policy", "reference"), ())
+    assert ROW.asked(DPO()) == (("logp",), ("correct", "entropy"), ("policy", "reference"), (), ())
     assert ROW.asked(DPO(reference_free=True, use_weighting=True))[:3] == (
         ("logp", "sum_p2"), ("correct", "entropy"), ("policy",),
     )  # fmt: skip

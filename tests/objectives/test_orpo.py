@@ -71,6 +71,6 @@ def test_weights_depend_on_the_batch_alone():
 
 
 def test_it_wants_no_reference():
-    assert ROW.asked(ORPO()) == (("logp",), ("correct", "entropy"), ("policy",), ()) and ROW.rows == "pairs"
+    assert ROW.asked(ORPO()) == (("logp",), ("correct", "entropy"), ("policy",), (), ()) and ROW.rows == "pairs"
     with pytest.raises(ValueError, match=r"objective.beta: got -1"):
         ORPO(beta=-1)
