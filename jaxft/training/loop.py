@@ -229,7 +229,7 @@ def _log(run: _Run, pending: _Pending | None, state: TrainState, cursor: Any) ->
     if number % run.settings.log.every == 0 or number == run.steps or stop:
         run.sink.write(number, values | run.told)
         run.told.clear()
-    run.bar.update(number, values | item.metrics)
+    run.bar.update(number, {**values, **item.metrics})
     if stop:
         _save(run, steps_taken(state), state, cursor)
         raise NonFiniteError(run.watch.diagnosis(f"They are saved in {run.manager.directory}/{steps_taken(state)}."))

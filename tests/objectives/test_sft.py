@@ -92,4 +92,4 @@ def test_the_table():
     row = OBJECTIVES["sft"]
     assert (row.config, row.fn) == (SFT, sft.sft)
     assert row.asked(SFT())[::2] == (("logp",), ("policy",), ())
-    assert row.asked(SFT(kl_to_start=0.1))[::2] == (("logp", "divergence"), ("start", "policy"))
+    assert row.asked(SFT(kl_to_start=0.1))[::2] == (("logp", "divergence"), ("start", "policy"), ())
